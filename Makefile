@@ -1,0 +1,47 @@
+# Every target does its own set-up into .venv; it needs Python >= 3.11 with headers, a C compiler and make.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+SOURCES := $(wildcard ext/*) setup.py pyproject.toml
+SECONDS ?= 60
+
+.PHONY: demo test bench bench-compare proof market annotate dist clean
+
+demo: $(VENV)/installed			## a writer, two readers, a kill, a recovery
+	$(RUN) -m logkv demo
+
+test: $(VENV)/tools			## types, stubs, tests
+	$(RUN) -m mypy
+	$(RUN) -m mypy.stubtest logkv
+	$(RUN) -m pytest
+
+bench: $(VENV)/tools			## beside the dict and the pure-Python baseline; one interleaved run
+	$(RUN) -m benchmarks
+
+bench-compare: $(VENV)/tools		## pytest-benchmark against the last saved run
+	$(RUN) -m pytest benchmarks --benchmark-enable --benchmark-only --benchmark-autosave --benchmark-compare
+
+proof: $(VENV)/tools			## crash states, kills, flipped bits, stress: SECONDS=60 each
+	$(RUN) -m tests.proof --seconds $(SECONDS)
+
+annotate:				## build/ext/_core.html: where Cython touches Python
+	LOGKV_ANNOTATE=1 $(RUN) setup.py -q build_ext --inplace --force
+
+dist: $(VENV)/tools			## an sdist, and a wheel built from it
+	$(RUN) -m build
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "LogKV needs Python 3.11 or newer"'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(VENV)/bin/python $(SOURCES)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/tools: $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info logkv/*.so

@@ -1,0 +1,38 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+# cython: embedsignature=True, embedsignature.format=python, auto_pickle=False, autotestdict=False
+"""The C-speed part of LogKV: records, the offset hash index, the log scan.  It never sees a path.
+
+Imports point one way: logkv.engine hands files to a `Log` as descriptors; a `Log` asks its owner (the engine)
+for what only files can give: room, another segment, another index.  The handles at the end are the base classes of
+`logkv.Store`, `Writer` and `Reader`.
+
+Every function over the structs below runs under the GIL or on data that nobody else has yet; what other
+processes read is published by one aligned 8-byte store.
+"""
+
+cimport cython
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_Check, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.unicode cimport PyUnicode_Check
+from libc.errno cimport ENOMEM, errno
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc, qsort, realloc
+from libc.string cimport memcmp, memcpy, memset
+from posix.mman cimport (MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap)
+
+from format cimport *
+from platform cimport *
+
+import os
+
+from logkv.errors import ClosedError, CorruptionError, Error, FormatError, ReadOnlyError
+
+include "record.pxi"    # keys, values, encoding; status codes become exceptions
+include "log.pxi"       # Log: what one process has mapped of a store, and its state
+include "index.pxi"     # find, insert, remove, grow
+include "segment.pxi"   # append: put, delete, marks
+include "scan.pxi"      # recovery: replay records and footers
+include "order.pxi"     # entries in key order: footers
+include "handle.pxi"    # what users hold: mapping methods and iterators
+
+crc32c_setup()

@@ -1,0 +1,600 @@
+# The offset hash index: hash -> location, eight slots to a cache line; a tag match is confirmed in the log.
+#
+# Readers take no lock.  What they rely on: a slot changes by one aligned store, after its record is whole; an entry
+# never moves within a shard; a shard that grows is copied, and the directory with it, and the word that names the
+# directory is stored last.  So whoever finds that word unchanged after a search has searched the index as it was.
+
+cdef struct Probe:
+    record_view record
+    uint64_t location
+    uint64_t *slot          # FOUND: the key's slot.  MISSING: the first free one, NULL if there is none
+    uint8_t *shard
+    uint64_t bucket         # of that slot
+    unsigned cls
+    bint displaced          # the slot is not in the key's own bucket
+    bint bucket_has_empty   # the slot's bucket has an empty slot beside it
+
+
+cdef inline uint64_t home_bucket(uint64_t h, unsigned cls) noexcept nogil:
+    return (<uint64_t> <uint32_t> h * SHARD_BUCKETS[cls]) >> 32
+
+
+cdef inline uint64_t *bucket_at(uint8_t *shard, uint64_t bucket) noexcept nogil:
+    return <uint64_t *> (shard + SHARD_HEADER_BYTES + bucket * BUCKET_BYTES)
+
+
+cdef inline uint8_t *displaced_at(uint8_t *shard, unsigned cls, uint64_t bucket) noexcept nogil:
+    return shard + SHARD_HEADER_BYTES + <uint64_t> SHARD_BUCKETS[cls] * BUCKET_BYTES + bucket
+
+
+cdef inline uint64_t directory_pages(unsigned depth) noexcept nogil:
+    return ((<uint64_t> 8 << depth) + PAGE_BYTES - 1) // PAGE_BYTES
+
+
+cdef inline int find_entry(Log log, uint64_t h, uint64_t *word, uint64_t *entry) noexcept nogil:
+    """The directory's entry for a hash, checked against what is mapped."""
+    cdef Index *ix = &log.index
+    cdef unsigned depth
+    cdef uint64_t page
+    word[0] = atomic_load(&ix.header.directory)
+    depth = DIRECTORY_DEPTH(word[0])
+    page = DIRECTORY_PAGE(word[0])
+    log.trouble = page
+    if depth > DIRECTORY_DEPTH_MAX or page + directory_pages(depth) > ix.pages:
+        return INDEX_GREW
+    entry[0] = atomic_load(<uint64_t *> (ix.base + page * PAGE_BYTES) + ((h >> 1) >> (63 - depth)))
+    if ENTRY_CLASS(entry[0]) >= SHARD_CLASSES or \
+            ENTRY_PAGE(entry[0]) + SHARD_PAGES[ENTRY_CLASS(entry[0])] > ix.pages:
+        log.trouble = ENTRY_PAGE(entry[0])
+        return INDEX_GREW
+    if ix.checked != NULL and ENTRY_PAGE(entry[0]) < ix.checked_pages and not ix.checked[ENTRY_PAGE(entry[0])]:
+        log.trouble = ENTRY_PAGE(entry[0])
+        return UNCHECKED
+    return FOUND
+
+
+cdef inline int read_record(Log log, uint64_t location, record_view *r) noexcept nogil:
+    """The record at a location: FOUND if header and key are right (a long value is not checked here)."""
+    cdef Chunk *chunk = &log.chunks[location >> CHUNK_UNIT_SHIFT]
+    cdef uint64_t offset = (location - chunk.origin) << LOCATION_UNIT_SHIFT
+    cdef const uint8_t *p = chunk.base + offset
+    cdef int status
+    if chunk.base == NULL or offset >= chunk.limit:
+        log.trouble = location
+        log.trouble_status = RECORD_TRUNCATED
+        return UNMAPPED
+    prefetch(p + 64)
+    prefetch(p + 128)
+    status = record_unpack(r, p, chunk.limit - offset, chunk.salt, offset, False)
+    if status == RECORD_OK:
+        return FOUND
+    log.trouble = location
+    log.trouble_status = status
+    log.trouble_expected = r.crc
+    log.trouble_found = r.found
+    return UNMAPPED if status == RECORD_TRUNCATED else DAMAGED
+
+
+cdef inline int probe(Log log, const uint8_t *key, size_t size, uint64_t h, uint64_t own, Probe *p,
+                      bint writing) noexcept nogil:
+    """Looks a key up.  With `writing` it also finds where a missing key would go.
+
+    In a rebuild there is no key but the location of the record that is to be entered, `own` (else 0).
+    """
+    cdef Index *ix = &log.index
+    cdef uint64_t word, entry, value, bucket, n, buckets, tag = h >> TAG_SHIFT
+    cdef uint64_t *slots
+    cdef unsigned cls, i
+    cdef int status
+    cdef bint empty, home
+    while True:
+        status = find_entry(log, h, &word, &entry)
+        if status < 0:
+            if status == INDEX_GREW and atomic_load(&ix.header.directory) != word:
+                continue
+            return status
+        cls = ENTRY_CLASS(entry)
+        p.shard = ix.base + ENTRY_PAGE(entry) * PAGE_BYTES
+        p.cls = cls
+        p.slot = NULL
+        buckets = SHARD_BUCKETS[cls]
+        bucket = home_bucket(h, cls)
+        home = True
+        for n in range(buckets):
+            slots = bucket_at(p.shard, bucket)
+            empty = False
+            for i in range(BUCKET_SLOTS):
+                value = atomic_load(slots + i)
+                if value <= SLOT_DELETED:
+                    if value == SLOT_EMPTY:
+                        empty = True
+                    if writing and p.slot == NULL:
+                        p.slot = slots + i
+                        p.bucket = bucket
+                        p.displaced = not home
+                elif value >> TAG_SHIFT == tag:
+                    p.location = value & LOCATION_MASK
+                    status = read_record(log, p.location, &p.record)
+                    if own and status != UNMAPPED:
+                        status = compare_own(log, &p.record, status, h, p.location, own)
+                    elif status == FOUND:
+                        status = p.record.key_length == size and memcmp(p.record.key, key, size) == 0
+                    if status < 0:
+                        if atomic_load(slots + i) == value and atomic_load(&ix.header.directory) == word:
+                            return status
+                    elif status == FOUND:
+                        if atomic_load(&ix.header.directory) != word:
+                            break
+                        p.slot = slots + i
+                        p.bucket = bucket
+                        if writing:
+                            p.bucket_has_empty = has_empty(slots)
+                        if p.record.kind != KIND_PUT and not own:
+                            log.trouble = p.location
+                            return NOT_A_PUT
+                        return FOUND
+            if empty:
+                break
+            home = False
+            bucket = bucket + 1 if bucket + 1 < buckets else 0
+        if atomic_load(&ix.header.directory) == word:
+            return MISSING
+
+
+cdef int compare_own(Log log, record_view *r, int status, uint64_t h, uint64_t location, uint64_t own) noexcept nogil:
+    """In a rebuild: whether the entry at `location` is for the key of the record at `own`; FOUND or MISSING.
+
+    A damaged key is no key: its entry stays beside the other, so that a get of it raises and never serves an
+    older value.
+    """
+    cdef record_view mine
+    if location == own:
+        return FOUND
+    if status == DAMAGED and log.trouble_status != RECORD_BAD_CRC or siphash13(log.seed, r.key, r.key_length) != h:
+        return MISSING
+    if read_record(log, own, &mine) == FOUND:
+        return mine.key_length == r.key_length and memcmp(mine.key, r.key, r.key_length) == 0
+    return FOUND
+
+
+cdef inline bint has_empty(uint64_t *slots) noexcept nogil:
+    cdef unsigned i
+    for i in range(BUCKET_SLOTS):
+        if slots[i] == SLOT_EMPTY:
+            return True
+    return False
+
+
+cdef inline bint shard_is_full(Probe *p) noexcept nogil:
+    """Whether a missing key needs a larger shard: reusing a deleted slot does not."""
+    if p.slot == NULL:
+        return True
+    return p.slot[0] == SLOT_EMPTY and (<shard_header *> p.shard).used >= shard_limit(p.cls)
+
+
+cdef inline void touch_shard(Log log, uint8_t *shard) noexcept nogil:
+    """Before the first store into a shard: its checksum is not true any more."""
+    if (<shard_header *> shard).intact:
+        (<shard_header *> shard).intact = 0
+
+
+cdef inline uint64_t *claim_slot(Log log, Probe *p) noexcept nogil:
+    """Makes the free slot that `probe` found ready for its store."""
+    touch_shard(log, p.shard)
+    if p.displaced:
+        displaced_at(p.shard, p.cls, p.bucket)[0] |= <uint8_t> (1 << (p.slot - bucket_at(p.shard, p.bucket)))
+    if p.slot[0] == SLOT_EMPTY:
+        (<shard_header *> p.shard).used += 1
+    return p.slot
+
+
+cdef inline uint64_t removed_value(Probe *p) noexcept nogil:
+    """What stands in a slot after its entry went.  A full bucket may have sent keys on to the next one: a search
+    must still pass it, so it keeps a mark; one with an empty slot has sent none."""
+    return SLOT_EMPTY if p.bucket_has_empty else SLOT_DELETED
+
+
+# -- growth ---------------------------------------------------------------------------------------------------
+
+cdef struct Extent:
+    uint64_t page, pages
+
+
+cdef int compare_extents(const void *a, const void *b) noexcept nogil:
+    cdef uint64_t x = (<Extent *> a).page, y = (<Extent *> b).page
+    return (x > y) - (x < y)
+
+
+cdef int used_extents(Index *ix, Extent **out, uint64_t *count, unsigned spare) noexcept nogil:
+    """What is in use: the header page, the directory, its shards.  All else is free."""
+    cdef uint64_t word = ix.header.directory, i, entry, last = 0, n = 0
+    cdef unsigned depth = DIRECTORY_DEPTH(word)
+    cdef uint64_t *directory = <uint64_t *> (ix.base + DIRECTORY_PAGE(word) * PAGE_BYTES)
+    cdef Extent *extents = <Extent *> malloc(((<uint64_t> 1 << depth) + 2 + spare) * sizeof(Extent))
+    if extents == NULL:
+        return NO_MEMORY
+    extents[0].page, extents[0].pages = 0, 1
+    extents[1].page, extents[1].pages = DIRECTORY_PAGE(word), directory_pages(depth)
+    n = 2
+    for i in range(<uint64_t> 1 << depth):
+        entry = directory[i]
+        if entry != last:
+            extents[n].page, extents[n].pages = ENTRY_PAGE(entry), SHARD_PAGES[ENTRY_CLASS(entry)]
+            n += 1
+        last = entry
+    out[0] = extents
+    count[0] = n
+    return FOUND
+
+
+cdef uint64_t claim_pages(Extent *extents, uint64_t *count, uint64_t pages) noexcept nogil:
+    """The first gap of so many pages between the extents; it is added to them."""
+    cdef uint64_t i, at = 0
+    qsort(extents, count[0], sizeof(Extent), compare_extents)
+    for i in range(count[0]):
+        if extents[i].page >= at + pages:
+            break
+        at = extents[i].page + extents[i].pages
+    extents[count[0]].page, extents[count[0]].pages = at, pages
+    count[0] += 1
+    return at
+
+
+cdef void begin_shard(uint8_t *shard, unsigned cls, unsigned depth, uint64_t prefix) noexcept nogil:
+    cdef shard_header *header = <shard_header *> shard
+    memset(shard, 0, <uint64_t> SHARD_PAGES[cls] * PAGE_BYTES)
+    header.cls = cls
+    header.depth = depth
+    header.prefix = prefix
+
+
+cdef void place(uint8_t *shard, unsigned cls, uint64_t home, uint64_t value) noexcept nogil:
+    """Puts an entry into a shard that nobody else sees yet."""
+    cdef uint64_t bucket = home
+    cdef uint64_t *slots
+    cdef unsigned i
+    while True:
+        slots = bucket_at(shard, bucket)
+        for i in range(BUCKET_SLOTS):
+            if slots[i] == SLOT_EMPTY:
+                slots[i] = value
+                if bucket != home:
+                    displaced_at(shard, cls, bucket)[0] |= <uint8_t> (1 << i)
+                (<shard_header *> shard).used += 1
+                return
+        bucket = bucket + 1 if bucket + 1 < SHARD_BUCKETS[cls] else 0
+
+
+cdef inline int rehash(Log log, uint64_t value, uint64_t *h) noexcept nogil:
+    """A slot's whole hash, from the key in the log; the tag tells whether that key is undamaged."""
+    cdef record_view r
+    cdef int status = read_record(log, value & LOCATION_MASK, &r)
+    if status == UNMAPPED:
+        return status
+    if status == DAMAGED and log.trouble_status != RECORD_BAD_CRC:
+        return status
+    h[0] = siphash13(log.seed, r.key, r.key_length)
+    return FOUND if h[0] >> TAG_SHIFT == value >> TAG_SHIFT else DAMAGED
+
+
+cdef int grow_shard(Log log, uint64_t h) noexcept nogil:
+    """Gives the shard of a hash more room: without its deleted entries, in the next class, or split in two.
+
+    Bounded by one shard (145,176 slots).  Nothing is changed until the one store at the end, so it can be
+    stopped anywhere and begun again.
+    """
+    cdef Index *ix = &log.index
+    cdef uint64_t word, entry, live = 0, bucket, value, i, page, count = 0, width, first, stride
+    cdef uint64_t pages[2]
+    cdef Extent *extents = NULL
+    cdef uint64_t *slots
+    cdef uint64_t *old
+    cdef uint64_t *new
+    cdef uint8_t *shard
+    cdef uint8_t *target
+    cdef unsigned cls, depth, to_cls, to_depth, full_depth, parts, slot
+    cdef int status = find_entry(log, h, &word, &entry)
+    if status < 0:
+        return status
+    cls, depth = ENTRY_CLASS(entry), ENTRY_DEPTH(entry)
+    full_depth = DIRECTORY_DEPTH(word)
+    shard = ix.base + ENTRY_PAGE(entry) * PAGE_BYTES
+    for bucket in range(SHARD_BUCKETS[cls]):
+        slots = bucket_at(shard, bucket)
+        for slot in range(BUCKET_SLOTS):
+            live += slots[slot] > SLOT_DELETED
+    to_cls, to_depth, parts = cls, depth, 1
+    if live > shard_limit(cls) // 4 * 3:
+        if cls + 1 < SHARD_CLASSES:
+            to_cls = cls + 1
+        elif depth < DIRECTORY_DEPTH_MAX:
+            to_depth, parts = depth + 1, 2
+    full_depth = max(full_depth, to_depth)
+
+    status = used_extents(ix, &extents, &count, 3)
+    if status < 0:
+        return status
+    for i in range(parts):
+        pages[i] = claim_pages(extents, &count, SHARD_PAGES[to_cls])
+    page = claim_pages(extents, &count, directory_pages(full_depth))
+    log.trouble = max(max(pages[0], pages[parts - 1]) + SHARD_PAGES[to_cls], page + directory_pages(full_depth))
+    free(extents)
+    if log.trouble > ix.pages:
+        return NEED_PAGES
+
+    for i in range(parts):
+        target = ix.base + pages[i] * PAGE_BYTES
+        populate(target, <uint64_t> SHARD_PAGES[to_cls] * PAGE_BYTES, True)
+        begin_shard(target, to_cls, to_depth,
+                    (<shard_header *> shard).prefix | (i << (64 - to_depth) if i else 0))
+    status = copy_entries(log, shard, cls, ix.base + pages[0] * PAGE_BYTES, ix.base + pages[parts - 1] * PAGE_BYTES,
+                          to_cls, depth)
+    if status < 0:
+        return status
+
+    old = <uint64_t *> (ix.base + DIRECTORY_PAGE(word) * PAGE_BYTES)
+    new = <uint64_t *> (ix.base + page * PAGE_BYTES)
+    stride = full_depth - DIRECTORY_DEPTH(word)
+    for i in range(<uint64_t> 1 << full_depth):
+        new[i] = old[i >> stride]
+    width = <uint64_t> 1 << (full_depth - depth)            # entries that named the old shard
+    first = ((h >> 1) >> (63 - full_depth)) & ~(width - 1)
+    for i in range(width):
+        new[first + i] = ENTRY(pages[i * parts // width], to_cls, to_depth)
+    for i in range(parts):
+        if ix.checked != NULL and pages[i] < ix.checked_pages:
+            ix.checked[pages[i]] = 1
+    atomic_store(&ix.header.directory, DIRECTORY_WORD(page, full_depth, word + 1))
+    return FOUND
+
+
+cdef int copy_entries(Log log, uint8_t *shard, unsigned cls, uint8_t *low, uint8_t *high, unsigned to_cls,
+                      unsigned depth) noexcept nogil:
+    """The old shard's live entries into one new shard, or by the next bit of the tag into two.
+
+    Where the class stays, an entry in its own bucket keeps it; any other's bucket comes from the key in the
+    log, read in rounds so that the reads overlap.
+    """
+    cdef uint64_t bucket, value, h
+    cdef uint64_t waiting[64]
+    cdef uint64_t *slots
+    cdef uint8_t *target
+    cdef Chunk *chunk
+    cdef unsigned slot, n = 0, i
+    cdef int status
+    cdef uint64_t buckets = SHARD_BUCKETS[cls]
+    cdef unsigned split_bit = 63 - depth
+    for bucket in range(buckets + 1):
+        if n > 56 or bucket == buckets:
+            for i in range(n):
+                status = rehash(log, waiting[i], &h)
+                if status < 0:
+                    return status
+                target = high if (h >> split_bit) & 1 else low
+                place(target, to_cls, home_bucket(h, to_cls), waiting[i])
+            n = 0
+        if bucket == buckets:
+            break
+        slots = bucket_at(shard, bucket)
+        for slot in range(BUCKET_SLOTS):
+            value = slots[slot]
+            if value <= SLOT_DELETED:
+                continue
+            if cls == to_cls and not (displaced_at(shard, cls, bucket)[0] >> slot) & 1:
+                target = high if (value >> split_bit) & 1 else low
+                place(target, to_cls, bucket, value)
+            else:
+                chunk = &log.chunks[(value & LOCATION_MASK) >> CHUNK_UNIT_SHIFT]
+                prefetch(chunk.base + (((value & LOCATION_MASK) - chunk.origin) << LOCATION_UNIT_SHIFT))
+                waiting[n] = value
+                n += 1
+    return FOUND
+
+
+# -- an index as a whole ----------------------------------------------------------------------------------------
+
+cdef void index_shape(uint64_t expected, unsigned *cls, unsigned *depth) noexcept nogil:
+    """The smallest shape that takes so many keys without growing."""
+    cls[0] = depth[0] = 0
+    while cls[0] + 1 < SHARD_CLASSES and expected > shard_limit(cls[0]) // 8 * 7:
+        cls[0] += 1
+    while depth[0] < DIRECTORY_DEPTH_MAX and expected >> depth[0] > shard_limit(cls[0]) // 64 * 63:
+        depth[0] += 1
+
+
+def index_pages(uint64_t expected) -> int:
+    """Pages of a new index for so many keys."""
+    cdef unsigned cls, depth
+    index_shape(expected, &cls, &depth)
+    return 1 + directory_pages(depth) + (<uint64_t> SHARD_PAGES[cls] << depth)
+
+
+cdef int take_index(Log log, uint8_t *base, uint64_t mapped, uint64_t pages, bint private) except -1:
+    log.index.base = base
+    log.index.header = <index_header *> base
+    log.index.mapped = mapped
+    log.index.pages = pages
+    log.index.private = private
+    free(log.index.checked)
+    log.index.checked = NULL
+    return 0
+
+
+def create_index(Log log, fd, uint64_t expected, uint64_t epoch, uint64_t nonce) -> None:
+    """Begins an empty index for so many keys, in an empty file of `index_pages(expected)` pages, or, if `fd` is None,
+    in this process's memory alone."""
+    cdef unsigned cls, depth
+    cdef uint64_t i, mapped, pages, page
+    cdef uint8_t *base
+    cdef index_header *header
+    cdef uint64_t *directory
+    index_shape(expected, &cls, &depth)
+    pages = 1 + directory_pages(depth) + (<uint64_t> SHARD_PAGES[cls] << depth)
+    if fd is None:
+        mapped = pages * PAGE_BYTES
+        base = log.map_memory(mapped)
+        memset(&log.own, 0, sizeof(log.own))
+        log.control = &log.own
+    else:
+        base = log.map_file(fd, max(INDEX_RESERVE, 4 * pages * PAGE_BYTES), pages * PAGE_BYTES, &mapped)
+    take_index(log, base, mapped, pages, fd is None)
+    populate(base, pages * PAGE_BYTES, True)
+    header = log.index.header
+    memcpy(header.magic, INDEX_MAGIC, 8)
+    header.format = FORMAT_VERSION
+    header.identity = log.identity
+    header.epoch = epoch
+    header.nonce = nonce
+    header.pages = pages
+    directory = <uint64_t *> (base + PAGE_BYTES)
+    page = 1 + directory_pages(depth)
+    for i in range(<uint64_t> 1 << depth):
+        begin_shard(base + page * PAGE_BYTES, cls, depth, i << (64 - depth) if depth else 0)
+        directory[i] = ENTRY(page, cls, depth)
+        page += SHARD_PAGES[cls]
+    atomic_store(&header.directory, DIRECTORY_WORD(1, depth, 1))
+
+
+def attach_index(Log log, int fd, uint64_t size, uint64_t epoch, uint64_t nonce, bint clean) -> str | None:
+    """Maps an existing index of `size` bytes.  Returns why it is not to be believed, or None."""
+    cdef uint64_t mapped, i, last = 0, word, entry, pages = size // PAGE_BYTES
+    cdef uint64_t *directory
+    cdef index_header *header
+    cdef unsigned depth
+    cdef uint64_t unchecked = 0
+    if pages < 3:
+        return f"{size} bytes are too few"
+    cdef uint8_t *base = log.map_file(fd, max(INDEX_RESERVE, 4 * size), size, &mapped)
+    header = <index_header *> base
+    if memcmp(header.magic, INDEX_MAGIC, 8):
+        return "no index's first bytes"
+    if header.format != FORMAT_VERSION:
+        return f"format {header.format}, expected {FORMAT_VERSION}"
+    if header.identity != log.identity or header.epoch != epoch or header.nonce != nonce:
+        return "it belongs to another store or another time of this one"
+    if header.pages > pages:
+        return f"{header.pages} pages expected, {pages} found"
+    word = atomic_load(&header.directory)
+    depth = DIRECTORY_DEPTH(word)
+    if depth > DIRECTORY_DEPTH_MAX or DIRECTORY_PAGE(word) + directory_pages(depth) > pages:
+        return "its directory is out of bounds"
+    if clean and (header.clean_directory != word or header.crc != index_crc(base)):
+        return "its directory fails the checksum"
+    take_index(log, base, mapped, pages, False)
+    directory = <uint64_t *> (base + DIRECTORY_PAGE(word) * PAGE_BYTES)
+    cdef uint8_t *checked = <uint8_t *> calloc(pages, 1)
+    if checked == NULL:
+        raise MemoryError()
+    for i in range(<uint64_t> 1 << depth):
+        entry = atomic_load(directory + i)
+        if entry == last:
+            continue
+        last = entry
+        if ENTRY_CLASS(entry) >= SHARD_CLASSES or ENTRY_PAGE(entry) + SHARD_PAGES[ENTRY_CLASS(entry)] > pages:
+            free(checked)
+            return "a shard is out of bounds"
+        if (<shard_header *> (base + ENTRY_PAGE(entry) * PAGE_BYTES)).intact:
+            unchecked += 1
+        elif clean:
+            free(checked)
+            return "a shard was changed after its checksum was made"
+        else:
+            checked[ENTRY_PAGE(entry)] = 1
+    if unchecked:
+        log.index.checked = checked
+        log.index.checked_pages = pages
+    else:
+        free(checked)
+    return None
+
+
+cdef uint32_t index_crc(uint8_t *base) noexcept nogil:
+    cdef index_header header = (<index_header *> base)[0]
+    cdef uint64_t word = header.directory
+    header.crc = 0
+    header.directory = 0
+    return crc32c(crc32c(0, &header, sizeof(header)), base + DIRECTORY_PAGE(word) * PAGE_BYTES,
+                  <uint64_t> 8 << DIRECTORY_DEPTH(word))
+
+
+cdef uint32_t shard_crc(uint8_t *shard) noexcept nogil:
+    return crc32c(0, shard + 8, <uint64_t> SHARD_PAGES[(<shard_header *> shard).cls % SHARD_CLASSES] * PAGE_BYTES - 8)
+
+
+cdef bint check_shard(Log log, uint64_t page) except -1:
+    """At a shard's first use: compares its checksum, unless a writer has changed it since."""
+    cdef uint8_t *shard = log.index.base + page * PAGE_BYTES
+    cdef shard_header *header = <shard_header *> shard
+    cdef bint good
+    cdef uint64_t word, entry
+    if header.intact and header.crc != shard_crc(shard):
+        atomic_fence()
+        if header.intact:
+            return False
+    log.index.checked[page] = 1
+    return True
+
+
+def seal_index(Log log) -> None:
+    """Gives every shard, the directory and the header their checksums; to be synced afterwards."""
+    cdef uint64_t word = log.index.header.directory, i, entry
+    cdef uint64_t *directory = <uint64_t *> (log.index.base + DIRECTORY_PAGE(word) * PAGE_BYTES)
+    cdef uint8_t *shard
+    with nogil:
+        for i in range(<uint64_t> 1 << DIRECTORY_DEPTH(word)):
+            shard = log.index.base + ENTRY_PAGE(directory[i]) * PAGE_BYTES
+            if not (<shard_header *> shard).intact:
+                (<shard_header *> shard).crc = shard_crc(shard)
+                (<shard_header *> shard).intact = 1
+    log.index.header.clean_directory = word
+    log.index.header.crc = index_crc(log.index.base)
+
+
+def extend_index(Log log, fd, uint64_t pages) -> None:
+    """The index has so many pages now: maps them if they are beyond what is mapped."""
+    cdef uint64_t mapped
+    cdef uint8_t *base
+    cdef Index *ix = &log.index
+    if pages * PAGE_BYTES > ix.mapped:
+        if ix.private:
+            mapped = 2 * pages * PAGE_BYTES
+            base = log.map_memory(mapped)
+            memcpy(base, ix.base, ix.pages * PAGE_BYTES)
+            unmap(log, ix.base)
+        else:
+            base = log.map_file(fd, 4 * pages * PAGE_BYTES, pages * PAGE_BYTES, &mapped)
+        ix.base = base
+        ix.header = <index_header *> base
+        ix.mapped = mapped
+    ix.pages = pages
+    if log.writable or ix.private:
+        ix.header.pages = pages
+
+
+cdef int unmap(Log log, uint8_t *base) except -1:
+    for i, (address, length) in enumerate(log.mappings):
+        if address == <size_t> base:
+            munmap(<void *> base, length)
+            del log.mappings[i]
+            break
+    return 0
+
+
+def index_nonce(Log log) -> int:
+    """The nonce in the index's own header."""
+    return log.index.header.nonce
+
+
+def index_facts(Log log) -> dict:
+    """Pages and bytes of the index, its shards, slots and slots in use."""
+    cdef uint64_t word = log.index.header.directory, i, entry, last = 0, shards = 0, slots = 0, used = 0
+    cdef uint64_t *directory = <uint64_t *> (log.index.base + DIRECTORY_PAGE(word) * PAGE_BYTES)
+    for i in range(<uint64_t> 1 << DIRECTORY_DEPTH(word)):
+        entry = directory[i]
+        if entry != last:
+            shards += 1
+            slots += SHARD_BUCKETS[ENTRY_CLASS(entry)] * BUCKET_SLOTS
+            used += (<shard_header *> (log.index.base + ENTRY_PAGE(entry) * PAGE_BYTES)).used
+        last = entry
+    return {"bytes": log.index.pages * PAGE_BYTES, "shards": shards, "slots": slots, "used": used,
+            "private": bool(log.index.private)}

@@ -1,0 +1,394 @@
+# Log: what one process has mapped of one store (control page, index, segments) and the state it works with.
+
+cdef struct Chunk:          # where a location leads
+    uint8_t *base           # of the segment's mapping; NULL: not mapped
+    uint64_t limit          # bytes of the segment that the file is known to have
+    uint64_t origin         # location of the segment's first byte
+    uint32_t salt
+
+
+cdef struct Index:
+    uint8_t *base
+    index_header *header    # base again
+    uint64_t mapped         # bytes
+    uint64_t pages          # that are known to be there
+    uint8_t *checked        # a byte a page where a shard begins: its checksum was compared; NULL: nothing left to compare
+    uint64_t checked_pages
+    bint private            # in memory only, of this process
+
+
+cdef struct Active:         # the segment that is appended to
+    uint8_t *base
+    int fd
+    uint64_t number, capacity, origin
+    uint64_t allocated      # bytes of the file that are really there
+    uint64_t populated      # bytes whose pages are present
+    uint64_t end            # of the log
+    uint32_t salt
+
+
+cdef uint64_t INDEX_RESERVE = 64 << 20
+
+
+@cython.final
+cdef class Log:
+    """One process's view of a store: mapped files and, in a writer, the only state that changes them.
+
+    `owner` is asked for what needs a path: `_map_location(location) -> bool`, `_index_changed()`,
+    `_index_grew() -> bool`, `_index_pages(pages)`, `_index_damaged(why)`, `_make_room(bytes)`, `_after_write()`,
+    `_segment_of(location)`.
+    """
+    cdef:
+        readonly object owner
+        readonly bint writable
+        readonly uint64_t identity
+        uint64_t seed[2]
+        Chunk *chunks
+        control_page *shared        # the mapped page; NULL: there is none
+        control_page *control       # where the state is kept: the shared page, or one of our own
+        control_page own
+        Index index
+        readonly uint64_t nonce     # of shared.index_nonce, when the index was taken
+        Active active
+        uint64_t seq, version, keys, live_bytes, log_bytes
+        uint64_t trouble            # the location, or the number of pages, that a status is about
+        int trouble_status          # of record_unpack
+        uint32_t trouble_expected, trouble_found
+        object mappings             # [(address, length)] to be unmapped at the end
+        public str poisoned         # why every write is refused; None: it is not
+        readonly bint eager         # every write is followed by owner._after_write()
+        uint64_t unsynced_since     # version of the first write after the last sync, 0: none
+        uint64_t patience           # ns after which a write waits for the flush, 0: never
+        readonly bint closed
+
+    def __cinit__(self, owner, uint64_t identity, bytes seed, bint writable):
+        self.owner = owner
+        self.identity = identity
+        self.writable = writable
+        self.mappings = []
+        memcpy(self.seed, PyBytes_AS_STRING(seed), 16)
+        self.control = &self.own
+        self.chunks = <Chunk *> self.map_memory(CHUNK_COUNT * sizeof(Chunk))
+
+    def __dealloc__(self):
+        self.release()
+
+    cdef void release(self):
+        self.closed = True
+        self.writable = False
+        self.chunks = NULL
+        self.shared = NULL
+        self.control = &self.own
+        self.index.base = NULL
+        self.index.header = NULL
+        free(self.index.checked)
+        self.index.checked = NULL
+        memset(&self.active, 0, sizeof(self.active))
+        if self.mappings is not None:
+            for address, length in self.mappings:
+                munmap(<void *> <size_t> address, length)
+            self.mappings = None
+
+    def close(self) -> None:
+        """Unmaps everything.  Nothing may use this log afterwards; its handles look at `closed` first."""
+        self.release()
+        self.owner = None
+
+    def become_reader(self) -> None:
+        """From here on nothing is written: in the child of a fork."""
+        self.writable = False
+
+    # -- mappings ---------------------------------------------------------------------------------------
+
+    cdef uint8_t *map_memory(self, uint64_t length) except NULL:
+        cdef void *p = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+        if p == MAP_FAILED:
+            raise MemoryError(f"cannot reserve {length} bytes: {os.strerror(errno)}")
+        self.mappings.append((<size_t> p, length))
+        return <uint8_t *> p
+
+    cdef uint8_t *map_file(self, int fd, uint64_t wanted, uint64_t needed, uint64_t *mapped) except NULL:
+        """Maps `wanted` bytes of a file that may grow, or what is `needed` where address space is short."""
+        cdef int protection = PROT_READ | PROT_WRITE if self.writable else PROT_READ
+        cdef void *p = mmap(NULL, wanted, protection, MAP_SHARED, fd, 0)
+        mapped[0] = wanted
+        if p == MAP_FAILED and errno == ENOMEM and needed < wanted:
+            p = mmap(NULL, needed, protection, MAP_SHARED, fd, 0)
+            mapped[0] = needed
+        if p == MAP_FAILED:
+            raise Error(errno, f"cannot map {wanted} bytes: {os.strerror(errno)}")
+        self.mappings.append((<size_t> p, mapped[0]))
+        return <uint8_t *> p
+
+    def map_segment(self, int fd, uint64_t number, uint64_t chunk, uint64_t capacity, uint64_t size, uint32_t salt):
+        """Makes a segment's records readable, up to `size` bytes of its file.  May be called again when it grew.
+
+        Raises FormatError if its header asks for features that this version does not have.
+        """
+        cdef uint64_t mapped, first, wanted, i, run = (capacity + CHUNK_BYTES - 1) >> CHUNK_SHIFT
+        cdef Chunk *entry = &self.chunks[chunk]
+        cdef segment_header *header
+        if chunk + run > CHUNK_COUNT:
+            raise FormatError(f"segment {number} lies beyond the end of the location space (chunk {chunk} of {CHUNK_COUNT})")
+        if entry.base != NULL and (entry.limit >= size or self.mapped_length(<size_t> entry.base) >= size):
+            for i in range(run):
+                entry[i].limit = max(entry[i].limit, size)
+            return
+        wanted = max(capacity, size)
+        cdef uint8_t *base = self.map_file(fd, wanted, size, &mapped)
+        if size >= SEGMENT_HEADER_BYTES:
+            header = <segment_header *> base
+            if header.crc == crc32c(0, header, SEGMENT_HEADER_BYTES - 4):
+                if header.identity != self.identity:
+                    raise CorruptionError(f"segment {number} belongs to another store", segment=number, offset=32,
+                                          expected=f"identity {self.identity:016x}", found=f"{header.identity:016x}")
+                if header.format != FORMAT_VERSION or header.incompatible or (
+                        header.read_compatible and self.writable):
+                    raise FormatError(f"segment {number} was written by a newer version of LogKV (format "
+                                      f"{header.format}, features {header.incompatible:x}); this one knows format "
+                                      f"{FORMAT_VERSION}")
+        for i in range(run):
+            entry[i].base = base
+            entry[i].limit = min(size, mapped)
+            entry[i].origin = chunk << CHUNK_UNIT_SHIFT
+            entry[i].salt = salt
+
+    def mapped(self, uint64_t chunk) -> int:
+        """Bytes that are readable of the segment at this chunk."""
+        return self.chunks[chunk].limit
+
+    @property
+    def index_is_private(self) -> bool:
+        """Whether the index is one of this process's own."""
+        return self.index.private
+
+    cdef uint64_t mapped_length(self, size_t address):
+        for start, length in self.mappings:
+            if start == address:
+                return length
+        return 0
+
+    # -- control page -----------------------------------------------------------------------------------
+
+    def map_control(self, int fd) -> None:
+        """Maps the control page (4,096 bytes) and takes it as the home of the state."""
+        cdef uint64_t mapped
+        self.shared = <control_page *> self.map_file(fd, PAGE_BYTES, PAGE_BYTES, &mapped)
+        self.control = self.shared
+
+    def begin_control(self) -> None:
+        """Fills a new control page: nothing in it is believed yet."""
+        memset(self.shared, 0, PAGE_BYTES)
+        memcpy(self.shared.magic, CONTROL_MAGIC, 8)
+        self.shared.format = FORMAT_VERSION
+        self.shared.identity = self.identity
+
+    @property
+    def trust(self) -> dict:
+        """What the control page says of itself, or an empty dict if it says nothing that can be read."""
+        cdef control_page *c = self.shared
+        cdef uint32_t crc
+        if c == NULL or memcmp(c.magic, CONTROL_MAGIC, 8) or c.format != FORMAT_VERSION or c.identity != self.identity:
+            return {}
+        return {
+            "clean": c.clean if c.crc == control_crc(c) else 0,
+            "boot": (<char *> c.boot)[:16],
+            "device": c.device, "inode": c.inode, "index_inode": c.index_inode, "nonce": c.index_nonce,
+            "manifests": [(c.manifest[i].generation, c.manifest[i].inode, c.manifest[i].ctime, c.manifest[i].noted)
+                          for i in range(2)],
+            "durable": (c.durable_number, c.durable_end),
+            "sync_failed": c.sync_failed,
+        }
+
+    def trust_index(self, bytes boot, uint64_t device, uint64_t inode, uint64_t index_inode, uint64_t nonce) -> None:
+        """Says under which circumstances the index is right; the nonce last, as readers wait for it."""
+        memcpy(self.shared.boot, PyBytes_AS_STRING(boot), 16)
+        self.shared.device = device
+        self.shared.inode = inode
+        self.shared.index_inode = index_inode
+        self.nonce = nonce
+        atomic_store(&self.shared.index_nonce, nonce)
+
+    def distrust_index(self) -> None:
+        """No process takes the index from here on."""
+        atomic_store(&self.shared.index_nonce, 0)
+
+    def note_manifest(self, bint coming, uint64_t generation, uint64_t inode, uint64_t ctime) -> None:
+        """Vouches for a MANIFEST: the coming one before its rename, then the one in force."""
+        cdef control_manifest *m = &self.shared.manifest[coming]
+        m.generation = 0
+        atomic_store(&m.inode, inode)
+        atomic_store(&m.ctime, ctime)
+        atomic_store(&m.noted, clock_ns())
+        atomic_store(&m.generation, generation)
+
+    def mark_dirty(self) -> None:
+        """Clears the clean mark; to be synced before the first store into log or index."""
+        atomic_store(&self.shared.clean, 0)
+
+    def mark_clean(self, uint64_t generation) -> None:
+        """Sets the clean mark, when log and index are on the device."""
+        cdef control_page page = self.shared[0]
+        page.clean = generation
+        self.shared.crc = control_crc(&page)
+        atomic_store(&self.shared.clean, generation)
+
+    def use_shared_state(self, uint64_t nonce) -> None:
+        """Takes the state from the control page again, for the index of that nonce."""
+        self.control = self.shared
+        self.nonce = nonce
+
+    @property
+    def shared_nonce(self) -> int:
+        """The nonce of the index to use; 0: there is none."""
+        return 0 if self.shared == NULL else atomic_load(&self.shared.index_nonce)
+
+    def accept_nonce(self, uint64_t nonce) -> None:
+        """Goes on with the index that is there until the control page names another than this."""
+        self.nonce = nonce
+
+    def note_sync_failure(self, int number) -> None:
+        if self.shared != NULL:
+            self.shared.sync_failed = number
+
+    def note_durable(self, uint64_t number, uint64_t end) -> None:
+        """A sync has returned that covered the log up to there."""
+        self.shared.durable_number = number
+        self.shared.durable_end = end
+
+    # -- state ------------------------------------------------------------------------------------------
+
+    cdef void load_state(self) noexcept nogil:
+        """The current state block; read again if the writer changed it meanwhile."""
+        cdef uint64_t seq
+        cdef control_state *s
+        while True:
+            seq = atomic_load(&self.control.seq)
+            s = &self.control.state[seq & 1]
+            self.version, self.keys = s.version, s.keys
+            self.live_bytes, self.log_bytes = s.live_bytes, s.log_bytes
+            atomic_fence()
+            if atomic_load(&self.control.seq) == seq:
+                self.seq = seq
+                return
+
+    def restore_state(self) -> tuple:
+        """Takes the state from the control page: (file number, end, last version) of the log it belongs to."""
+        self.load_state()
+        cdef control_state *s = &self.control.state[self.seq & 1]
+        return s.number, s.end, s.version
+
+    def reset_state(self) -> None:
+        """An empty store's state, for an index that is to be rebuilt."""
+        self.version = self.keys = self.live_bytes = self.log_bytes = 0
+        self.seq = atomic_load(&self.control.seq)
+
+    def settle_state(self, uint64_t number, uint64_t end, uint64_t version, log_bytes=None) -> None:
+        """States where the log ends now."""
+        if log_bytes is not None:
+            self.log_bytes = log_bytes
+        commit(self, number, end, version, NULL, 0, 0)
+
+    @property
+    def state(self) -> dict:
+        """Counts as of now: keys, aligned bytes of live and of all records, last version."""
+        if not self.writable:
+            self.load_state()
+        return {"keys": self.keys, "live_bytes": self.live_bytes, "log_bytes": self.log_bytes, "version": self.version}
+
+    @property
+    def position(self) -> tuple:
+        """(file number, end) of the log, in a writer."""
+        return self.active.number, self.active.end
+
+    @property
+    def capacity(self) -> int:
+        """Bytes that the active segment may have."""
+        return self.active.capacity
+
+    @property
+    def allocated(self) -> int:
+        """Bytes that the active segment's file has."""
+        return self.active.allocated
+
+    @property
+    def reserved_end(self) -> int:
+        """Bytes of the active segment up to here may hold an unfinished record."""
+        return self.control.reserved_end
+
+    def set_sync(self, bint eager, uint64_t patience) -> None:
+        """`eager`: a sync after every write.  `patience`: ns that a write may stay unsynced, 0: for ever."""
+        self.eager = eager
+        self.patience = patience
+
+    def synced(self, uint64_t version) -> None:
+        """A sync returned that covered all versions up to this one."""
+        self.unsynced_since = 0 if self.version <= version else version + 1
+
+
+cdef uint32_t control_crc(control_page *page) noexcept nogil:
+    cdef uint32_t crc = crc32c(0, page, 12)
+    crc = crc32c(crc, <uint8_t *> page + 16, CONTROL_NOTES - 16)
+    return crc32c(crc, <uint8_t *> page + CONTROL_NOTES_END, PAGE_BYTES - CONTROL_NOTES_END)
+
+
+cdef inline void commit(Log log, uint64_t number, uint64_t end, uint64_t version, uint64_t *slot, uint64_t value,
+                        uint64_t previous) noexcept nogil:
+    """Publishes one change: the other state block, then the slot, then the block's number.
+
+    A kill before the slot: the record behind the end is replayed.  After it: the index has the record and the
+    block is whole, so it is made current (`adopt_last`).
+    """
+    cdef control_state *s = &log.control.state[(log.seq + 1) & 1]
+    log.version = version
+    s.number = number
+    s.end = end
+    s.version = version
+    s.keys = log.keys
+    s.live_bytes = log.live_bytes
+    s.log_bytes = log.log_bytes
+    s.previous = previous
+    atomic_store(&s.seq, log.seq + 1)
+    if slot != NULL:
+        atomic_store(slot, value)
+    log.seq += 1
+    atomic_store(&log.control.seq, log.seq)
+
+
+cdef int settle(Log log, int status) except -1:
+    """Does what a negative status asks for, so that the caller can try again; raises what it cannot mend."""
+    cdef uint64_t location = log.trouble
+    owner = log.owner
+    if status == UNMAPPED:
+        if owner._map_location(location):
+            return 0
+        status = DAMAGED
+    if status == UNCHECKED:
+        if not check_shard(log, location):
+            owner._index_damaged(f"the shard at page {location} fails its checksum")
+    elif status == INDEX_GREW:
+        if not owner._index_grew():
+            owner._index_damaged(f"the directory names page {location} of {log.index.pages}")
+    elif status == NEED_PAGES:
+        owner._index_pages(location)
+    elif status == NO_MEMORY:
+        raise MemoryError()
+    elif status == DAMAGED:
+        raise_damage(log, location)
+    elif status == NOT_A_PUT:
+        number, offset = owner._segment_of(location)
+        raise CorruptionError("the index points at a record that is not a put", segment=number, offset=offset,
+                              expected="a put", found="another kind")
+    return 0
+
+
+cdef int raise_damage(Log log, uint64_t location) except -1:
+    number, offset = log.owner._segment_of(location)
+    reason = SCAN_REASONS.get(log.trouble_status, "unreadable")
+    if log.trouble_status in (RECORD_BAD_CRC, RECORD_BAD_VALUE):
+        expected, found = f"crc32c {log.trouble_expected:08x}", f"{log.trouble_found:08x}"
+    elif log.trouble_status == RECORD_UNKNOWN:
+        raise FormatError(f"segment {number} has a record at {offset} of a kind that only newer versions of LogKV know")
+    else:
+        expected, found = "a record", {"end": "zeros", "truncated": "less than a record"}.get(reason, reason)
+    raise CorruptionError(f"record damaged ({reason})", segment=number, offset=offset, expected=expected, found=found)

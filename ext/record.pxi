@@ -1,0 +1,132 @@
+# Records in Python's terms: which objects are keys and values, and what a failed check says.
+
+cdef extern from "Python.h":
+    const char *PyUnicode_AsUTF8AndSize(object text, Py_ssize_t *size) except NULL
+
+
+cdef enum Status:           # negative: not settled by memory alone, `settle` knows what to do
+    MISSING = 0
+    FOUND = 1
+    UNMAPPED = -1           # a location whose segment, or whose end, this process has not mapped
+    DAMAGED = -2            # a record that fails its check
+    UNCHECKED = -3          # a shard whose checksum was not compared yet
+    INDEX_GREW = -4         # the index names pages that this process has not mapped
+    NEED_PAGES = -5         # the index file must be longer
+    NO_MEMORY = -6
+    NOT_A_PUT = -7          # the index points at a record that is none
+
+
+cdef enum ScanStatus:       # why a scan stopped, beside the codes of record_unpack
+    SCAN_STOP = 16          # at the end that was given
+    SCAN_VERSION = 17       # a version that does not rise
+    SCAN_FOOTER = 18
+    SCAN_IO_ERROR = 19
+
+
+SCAN_REASONS = {
+    RECORD_END: "end", RECORD_TRUNCATED: "truncated", RECORD_UNKNOWN: "unknown", RECORD_BAD_CRC: "checksum",
+    RECORD_BAD_VALUE: "value checksum", SCAN_STOP: "stop", SCAN_VERSION: "version", SCAN_FOOTER: "footer",
+    SCAN_IO_ERROR: "input/output error",
+}
+
+
+cdef struct Bytes:          # a borrowed run of bytes
+    const uint8_t *data
+    size_t size
+
+
+cdef inline int key_bytes(object key, Bytes *out) except -1:
+    """A key's bytes: `bytes` as they are, `str` in UTF-8 (which CPython keeps with the object)."""
+    cdef Py_ssize_t size
+    if PyBytes_Check(key):
+        out.data = <const uint8_t *> PyBytes_AS_STRING(key)
+        out.size = PyBytes_GET_SIZE(key)
+    elif PyUnicode_Check(key):
+        out.data = <const uint8_t *> PyUnicode_AsUTF8AndSize(key, &size)
+        out.size = size
+    else:
+        raise TypeError(f"a key must be bytes or str, not {type(key).__name__}")
+    return 0
+
+
+cdef inline int value_bytes(object value, Bytes *out, Py_buffer *view) except -1:
+    """A value's bytes.  Returns 1 if `view` was taken and must be released."""
+    cdef Py_ssize_t size
+    if PyBytes_Check(value):
+        out.data = <const uint8_t *> PyBytes_AS_STRING(value)
+        out.size = PyBytes_GET_SIZE(value)
+        return 0
+    if PyUnicode_Check(value):
+        out.data = <const uint8_t *> PyUnicode_AsUTF8AndSize(value, &size)
+        out.size = size
+        return 0
+    try:
+        PyObject_GetBuffer(value, view, PyBUF_SIMPLE)
+    except BufferError as problem:
+        raise TypeError(f"a value must be contiguous in memory: {problem}") from None
+    except TypeError:
+        raise TypeError(f"a value must be bytes, str or a contiguous buffer, not {type(value).__name__}") from None
+    out.data = <const uint8_t *> view.buf
+    out.size = view.len
+    return 1
+
+
+def encode_record(int kind, uint64_t version, bytes key, value, uint32_t salt, uint64_t offset) -> bytes:
+    """One whole record, as it stands at `offset` (bytes) of a segment with this salt."""
+    cdef const uint8_t[::1] data = value
+    cdef size_t size = data.shape[0]
+    cdef bytes out = PyBytes_FromStringAndSize(NULL, record_size(len(key), size))
+    record_pack(<uint8_t *> PyBytes_AS_STRING(out), salt, offset, kind, version, PyBytes_AS_STRING(key),
+                <uint32_t> len(key), &data[0] if size else NULL, <uint32_t> size)
+    return out
+
+
+def encode_link(uint64_t number, uint64_t end, uint64_t version, uint32_t salt) -> bytes:
+    """The first record of a successor; it bears its predecessor's last version."""
+    cdef continues_value link = continues_value(number, end, version)
+    return encode_record(KIND_CONTINUES, version, b"", (<char *> &link)[:sizeof(link)], salt, SEGMENT_HEADER_BYTES)
+
+
+def encode_segment_header(uint64_t number, uint64_t identity, bytes seed, uint32_t salt) -> bytes:
+    """The 64 bytes that a segment begins with."""
+    cdef segment_header header
+    if len(seed) != 16:
+        raise ValueError(f"a seed has 16 bytes, not {len(seed)}")
+    segment_header_pack(&header, number, identity, <const uint8_t *> PyBytes_AS_STRING(seed), salt)
+    return (<char *> &header)[:sizeof(header)]
+
+
+def checksum(data, uint32_t begin=0, *, bint software=False) -> int:
+    """CRC-32C of `data` (any contiguous buffer), continued from `begin`; `software` leaves the hardware aside."""
+    cdef const uint8_t[::1] view = data
+    cdef size_t size = view.shape[0]
+    cdef const void *start = &view[0] if size else NULL
+    return crc32c_software(begin, start, size) if software else crc32c(begin, start, size)
+
+
+def key_hash(bytes seed, bytes key) -> int:
+    """SipHash-1-3 of `key` under the 16 bytes of `seed`."""
+    cdef uint64_t words[2]
+    if len(seed) != 16:
+        raise ValueError(f"a seed has 16 bytes, not {len(seed)}")
+    memcpy(words, PyBytes_AS_STRING(seed), 16)
+    return siphash13(words, PyBytes_AS_STRING(key), len(key))
+
+
+def filesystem_magic(int fd) -> int:
+    """The kind of file system that a file is on, as statfs(2) numbers them; 0 if it is not known."""
+    return c_filesystem_magic(fd)
+
+
+FORMAT = FORMAT_VERSION
+CHUNK = CHUNK_BYTES
+CHUNKS = CHUNK_COUNT
+CHUNK_UNITS = CHUNK_UNIT_SHIFT
+PAGE = PAGE_BYTES
+SEGMENT_HEADER = SEGMENT_HEADER_BYTES
+SEGMENT_MIN = SEGMENT_MIN_BYTES
+SEGMENT_MAX = SEGMENT_MAX_BYTES
+CONTINUES_SIZE = record_size(0, sizeof(continues_value))
+MARK_SIZE = record_size(0, sizeof(sync_mark_value))
+FOOTER = KIND_FOOTER
+CLEAR = KIND_CLEAR

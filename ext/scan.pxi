@@ -1,0 +1,306 @@
+# Recovery: reads the log in order and tells how far it is whole.  The scan reports; the engine decides.
+
+cdef struct Scan:
+    const uint8_t *base     # of the segment
+    uint64_t origin, offset, stop, version
+    uint64_t populated
+    uint32_t salt
+
+
+cdef struct Entry:          # of a batch that is on its way into the index
+    uint64_t hash, location, size, end, version
+    uint8_t kind
+
+
+cdef enum:
+    BATCH = 32
+
+
+cdef uint64_t SCAN_STEP = 4 << 20
+
+
+cdef int begin_scan(Log log, Scan *s, uint64_t chunk, uint64_t start, uint64_t stop, uint64_t version) except -1:
+    cdef Chunk *entry = &log.chunks[chunk]
+    if entry.base == NULL:
+        raise ValueError(f"no segment is mapped at chunk {chunk}")
+    s.base = entry.base
+    s.origin = entry.origin
+    s.salt = entry.salt
+    s.offset = start
+    s.stop = min(stop, entry.limit)
+    s.version = version
+    s.populated = start
+    return 0
+
+
+cdef inline int next_record(Scan *s, record_view *r) noexcept nogil:
+    """The next whole record, RECORD_OK; or why there is none, and then the scan stands before it."""
+    cdef int status
+    if s.offset >= s.stop:
+        return SCAN_STOP
+    if s.offset >= s.populated:     # a page that the device cannot read is an error here, not a SIGBUS
+        s.populated = min(s.offset + SCAN_STEP, s.stop)
+        if populate(<uint8_t *> s.base + s.offset, s.populated - s.offset, False):
+            return SCAN_IO_ERROR
+    status = record_unpack(r, s.base + s.offset, s.stop - s.offset, s.salt, s.offset, True)
+    if status != RECORD_OK:
+        return status
+    if r.kind == KIND_FOOTER:
+        return SCAN_FOOTER
+    if r.version <= s.version and not (r.kind == KIND_CONTINUES and r.version == s.version):
+        return SCAN_VERSION
+    s.offset += r.size
+    s.version = r.version
+    return RECORD_OK
+
+
+cdef int apply_batch(Log log, Entry *batch, int n, uint64_t number, int *done) noexcept nogil:
+    """Does again what records say, from the `done`-th on; FOUND or a status to be settled."""
+    cdef Entry *e
+    cdef Probe p
+    cdef int status
+    while done[0] < n:
+        e = batch + done[0]
+        if e.kind != KIND_PUT and e.kind != KIND_DELETE:
+            commit(log, number, e.end, e.version, NULL, 0, 0)
+        else:
+            status = probe(log, NULL, 0, e.hash, e.location, &p, True)
+            if status == MISSING and e.kind == KIND_PUT and shard_is_full(&p):
+                status = grow_shard(log, e.hash)
+                if status >= 0:
+                    continue
+            if status < 0:
+                return status
+            if e.kind == KIND_PUT and not (status == FOUND and p.location == e.location):
+                apply_put(log, &p, status, e.hash, e.location, e.size, number, e.end, e.version)
+            elif e.kind == KIND_DELETE and status == FOUND:
+                apply_delete(log, &p, number, e.end, e.version)
+            else:
+                commit(log, number, e.end, e.version, NULL, 0, 0)
+        done[0] += 1
+    return FOUND
+
+
+cdef int enter(Log log, Entry *batch, int n, uint64_t number) except -1:
+    """A whole batch into the index, with what the index needs meanwhile."""
+    cdef int done = 0, status
+    while True:
+        with nogil:
+            status = apply_batch(log, batch, n, number, &done)
+        if status >= 0:
+            return 0
+        settle(log, status)
+
+
+def replay(Log log, uint64_t number, uint64_t chunk, uint64_t start, uint64_t stop, uint64_t version) -> tuple:
+    """Puts the records of a segment from `start` on into the index, until `stop` or the first that is not whole.
+
+    Returns (reason, offset, last version, records).  The lines of the index are fetched for a batch at a time, and
+    the GIL is released.
+    """
+    cdef Scan s
+    cdef record_view r
+    cdef Entry batch[BATCH]
+    cdef Entry *e
+    cdef int n, reason = RECORD_OK
+    cdef uint64_t records = 0
+    begin_scan(log, &s, chunk, start, stop, version)
+    while reason == RECORD_OK:
+        n = 0
+        with nogil:
+            while n < BATCH:
+                e = &batch[n]
+                e.location = s.origin + (s.offset >> LOCATION_UNIT_SHIFT)
+                reason = next_record(&s, &r)
+                if reason != RECORD_OK:
+                    break
+                e.kind, e.version, e.size, e.end = r.kind, r.version, r.size, s.offset
+                log.log_bytes += r.size
+                if r.kind == KIND_PUT or r.kind == KIND_DELETE:
+                    e.hash = siphash13(log.seed, r.key, r.key_length)
+                    prefetch_bucket(log, e.hash)
+                n += 1
+        enter(log, batch, n, number)
+        records += n
+    return SCAN_REASONS[reason], s.offset, s.version, records
+
+
+cdef inline void prefetch_bucket(Log log, uint64_t h) noexcept nogil:
+    cdef uint64_t word, entry
+    if find_entry(log, h, &word, &entry) == FOUND:
+        prefetch(bucket_at(log.index.base + ENTRY_PAGE(entry) * PAGE_BYTES, home_bucket(h, ENTRY_CLASS(entry))))
+
+
+def adopt_last(Log log, uint64_t chunk) -> None:
+    """Completes an operation whose slot is set but whose state block was not made current by a kill."""
+    cdef control_state *now = &log.control.state[log.seq & 1]
+    cdef control_state *other = &log.control.state[(log.seq + 1) & 1]
+    cdef Scan s
+    cdef record_view r
+    cdef Probe p
+    cdef uint64_t location, h
+    cdef int status
+    begin_scan(log, &s, chunk, now.end, log.chunks[chunk].limit, now.version)
+    location = s.origin + (s.offset >> LOCATION_UNIT_SHIFT)
+    if next_record(&s, &r) != RECORD_OK or (r.kind != KIND_PUT and r.kind != KIND_DELETE):
+        return
+    if other.seq != log.seq + 1 or other.number != now.number or other.end != s.offset or other.version != s.version:
+        return
+    h = siphash13(log.seed, r.key, r.key_length)
+    while True:
+        status = probe(log, r.key, r.key_length, h, 0, &p, False)
+        if status >= 0:
+            break
+        settle(log, status)
+    if (status == FOUND and p.location == location) if r.kind == KIND_PUT else status == MISSING:
+        atomic_store(&log.control.seq, log.seq + 1)
+        log.load_state()
+
+
+def replay_footer(Log log, uint64_t number, uint64_t chunk, uint64_t end) -> tuple | None:
+    """Puts a sealed segment's entries into the index from its footer, without reading values.
+
+    Returns (records, first version, last version), or None if the footer is not right.
+    """
+    cdef Chunk *segment = &log.chunks[chunk]
+    cdef record_view r
+    cdef footer_header *header
+    cdef footer_entry *entries
+    cdef Entry batch[BATCH]
+    cdef Entry *e
+    cdef uint64_t i
+    cdef int n = 0
+    if segment.base == NULL or end >= segment.limit or \
+            populate(segment.base + end, segment.limit - end, False) or \
+            record_unpack(&r, segment.base + end, segment.limit - end, segment.salt, end, True) != RECORD_OK:
+        return None
+    header = <footer_header *> r.value
+    if r.kind != KIND_FOOTER or r.value_length < sizeof(footer_header) or \
+            (r.value_length - sizeof(footer_header)) // sizeof(footer_entry) != header.entries:
+        return None
+    entries = <footer_entry *> (header + 1)
+    for i in range(header.entries):
+        if <uint64_t> entries[i].unit << LOCATION_UNIT_SHIFT >= end:
+            return None
+    log.log_bytes += end - SEGMENT_HEADER_BYTES
+    for i in range(header.entries):
+        e = &batch[n]
+        e.hash = entries[i].hash
+        e.location = segment.origin + entries[i].unit
+        e.size = <uint64_t> (entries[i].size_kind & ((1 << FOOTER_SIZE_BITS) - 1)) << LOCATION_UNIT_SHIFT
+        e.kind = <uint8_t> (entries[i].size_kind >> FOOTER_SIZE_BITS)
+        e.end = end
+        e.version = header.last_version
+        prefetch_bucket(log, e.hash)
+        n += 1
+        if n == BATCH:
+            enter(log, batch, n, number)
+            n = 0
+    enter(log, batch, n, number)
+    commit(log, number, end, header.last_version, NULL, 0, 0)
+    return header.records, header.first_version, header.last_version
+
+
+def find_mark(Log log, uint64_t chunk, uint64_t start, uint64_t version) -> tuple | None:
+    """Looks behind an invalid record, at every multiple of 8, for a sync mark of a higher version.
+
+    Returns the (file number, end) that it names: a sync that returned covered the log up to there.
+    """
+    cdef Scan s
+    cdef record_view r
+    cdef sync_mark_value *mark
+    cdef uint64_t number = 0, end = 0
+    cdef bint found = False
+    begin_scan(log, &s, chunk, start, log.chunks[chunk].limit, version)
+    with nogil:
+        while s.offset + MARK_BYTES <= s.stop:
+            if (s.base + s.offset)[18] == KIND_SYNC_MARK and \
+                    record_unpack(&r, s.base + s.offset, MARK_BYTES, s.salt, s.offset, True) == RECORD_OK and \
+                    r.value_length == sizeof(sync_mark_value) and r.version > version:
+                mark = <sync_mark_value *> r.value
+                if not found or mark.number > number or (mark.number == number and mark.end > end):
+                    number, end, found = mark.number, mark.end, True
+            s.offset += 8
+    return (number, end) if found else None
+
+
+cdef uint64_t MARK_BYTES = MARK_SIZE
+
+
+def find_record(Log log, uint64_t chunk, uint64_t start, uint64_t version) -> int | None:
+    """Looks behind an end, at every multiple of 8, for whole records: the highest version of them, or None."""
+    cdef Scan s
+    cdef record_view r
+    cdef uint64_t highest = 0
+    cdef uint8_t kind
+    begin_scan(log, &s, chunk, start, log.chunks[chunk].limit, version)
+    with nogil:
+        while s.offset + RECORD_HEADER_BYTES + 4 <= s.stop:
+            kind = (s.base + s.offset)[18]
+            if kind and kind <= KIND_FOOTER and record_unpack(&r, s.base + s.offset, s.stop - s.offset, s.salt, s.offset,
+                                                             False) == RECORD_OK:
+                highest = max(highest, r.version)
+                s.offset += r.size
+            else:
+                s.offset += 8
+    return highest if highest > version else None
+
+
+def copy_records(Log log, uint64_t chunk, uint64_t start, uint64_t stop, uint32_t salt, uint64_t offset) -> bytes:
+    """The puts and deletes from `start` to `stop`, written for `offset` of another segment; their versions stay."""
+    cdef Scan s
+    cdef record_view r
+    cdef bytearray out = bytearray()
+    begin_scan(log, &s, chunk, start, stop, 0)
+    while next_record(&s, &r) == RECORD_OK:
+        if r.kind == KIND_PUT or r.kind == KIND_DELETE:
+            out += encode_record(r.kind, r.version, (<char *> r.key)[:r.key_length], (<char *> r.value)[:r.value_length],
+                                 salt, offset + len(out))
+    return bytes(out)
+
+
+def first_nonzero(Log log, uint64_t chunk, uint64_t start, uint64_t stop) -> tuple | None:
+    """(first, behind the last) offset between `start` and `stop` that is not zero, or None."""
+    cdef Chunk *segment = &log.chunks[chunk]
+    cdef uint64_t first, last
+    stop = min(stop, segment.limit)
+    first = start
+    if start >= stop:
+        return None
+    if populate(segment.base + start, stop - start, False):
+        raise Error(5, "input/output error behind the end of the log")
+    with nogil:
+        while first < stop and segment.base[first] == 0:
+            first += 1
+        last = stop
+        while last > first and segment.base[last - 1] == 0:
+            last -= 1
+    return (first, last) if first < last else None
+
+
+def read_link(Log log, uint64_t chunk) -> tuple | None:
+    """What a segment's first record, *continues*, says: (predecessor, its end, its last version); None without one."""
+    cdef Scan s
+    cdef record_view r
+    cdef continues_value *link
+    begin_scan(log, &s, chunk, SEGMENT_HEADER_BYTES, log.chunks[chunk].limit, 0)
+    if next_record(&s, &r) != RECORD_OK or r.kind != KIND_CONTINUES or r.value_length != sizeof(continues_value):
+        return None
+    link = <continues_value *> r.value
+    return link.number, link.end, link.version
+
+
+def survey(Log log, uint64_t chunk, uint64_t start, uint64_t stop, uint64_t version) -> tuple:
+    """Reads records without doing anything: (reason, offset, last version, records)."""
+    cdef Scan s
+    cdef record_view r
+    cdef uint64_t records = 0
+    cdef int reason
+    begin_scan(log, &s, chunk, start, stop, version)
+    with nogil:
+        while True:
+            reason = next_record(&s, &r)
+            if reason != RECORD_OK:
+                break
+            records += 1
+    return SCAN_REASONS[reason], s.offset, s.version, records

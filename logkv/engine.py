@@ -1,0 +1,258 @@
+"""What one process has open of one store: the files behind a `_core.Log`, and what the log asks of them.
+
+`Engine` reads; `logkv.writer.Writing` adds what changes a store.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from logkv import _core, files, manifest, recovery
+from logkv.errors import CorruptionError, Error, FormatError, NotFoundError
+from logkv.manifest import Manifest, Segment
+
+ATTEMPTS = 50       # to see MANIFEST and control page of one moment while a writer changes both
+
+
+class Engine:
+    """A store, open for reading, shared by all handles of the process that read it.
+
+    Follows a live writer in any process.  Without an index to trust it builds one of its own in memory.
+    """
+
+    writable = False
+
+    def __init__(self, directory: files.Directory) -> None:
+        """Takes the directory over; it is closed with the engine, also when this raises."""
+        self.directory = directory
+        self.users = 0
+        self.log: _core.Log
+        self.recovered: dict[str, Any] = {}
+        self._control_fd = -1
+        try:
+            self._open()
+        except BaseException:
+            self.release()
+            raise
+
+    # -- opening and closing ----------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        self.manifest = self._read_manifest()
+        self.log = _core.Log(self, self.manifest.identity, self.manifest.seed, False)
+        self._map_control()
+        self._take_index()
+
+    def _read_manifest(self) -> Manifest:
+        found = manifest.read(self.directory, writable=self.writable)
+        if found is None:
+            raise no_store(self.directory)
+        return found[0]
+
+    def _map_control(self) -> bool:
+        """Maps the control page, if there is one to be read."""
+        try:
+            fd = self.directory.open(files.CONTROL, writable=self.writable)
+        except OSError:
+            return False
+        self._control_fd = fd
+        if os.fstat(fd).st_size < _core.PAGE:
+            return False
+        self.log.map_control(fd)
+        return True
+
+    def _take_index(self) -> None:
+        """The store's index if it can be trusted, else one of our own."""
+        why = "no control page"
+        nonce = 0
+        for _ in range(ATTEMPTS):
+            nonce = self.log.shared_nonce
+            found = manifest.read(self.directory)
+            if found is None:
+                raise no_store(self.directory)
+            self.manifest, instance = found
+            trust = recovery.trust(self.directory, self.log, self._control_fd, instance)
+            if trust.index:
+                problem = self._attach_index(trust.clean, nonce)
+                if problem is None:
+                    self.log.use_shared_state(nonce)
+                    return
+                why = problem
+            else:
+                why = trust.why
+            if self.log.shared_nonce == nonce and not self._writer_lives():
+                break
+        self._build_own_index(why, nonce)
+
+    def _attach_index(self, clean: bool, nonce: int) -> str | None:
+        try:
+            fd = self.directory.open(files.INDEX, writable=self.writable)
+        except OSError as problem:
+            return f"the index cannot be opened: {problem.strerror}"
+        try:
+            return _core.attach_index(self.log, fd, os.fstat(fd).st_size, self.manifest.epoch, nonce, clean)
+        finally:
+            self._keep_index(fd)
+
+    def _keep_index(self, fd: int) -> None:
+        os.close(fd)
+
+    def _build_own_index(self, why: str, nonce: int) -> None:
+        """An index in this process's memory, of the log as it is now."""
+        _core.create_index(self.log, None, 0, self.manifest.epoch, nonce)
+        self.log.accept_nonce(nonce)
+        self.log.reset_state()
+        recovery.rebuild(self, why)
+
+    def _writer_lives(self) -> bool:
+        try:
+            fd = self.directory.open(files.LOCK)
+        except OSError:
+            return False
+        try:
+            return files.is_locked(fd)
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
+
+    def release(self) -> None:
+        """Lets everything go, whatever state it is in."""
+        log = getattr(self, "log", None)
+        if log is not None:
+            log.close()
+        if self._control_fd >= 0:
+            os.close(self._control_fd)
+            self._control_fd = -1
+        self.directory.close()
+
+    def close(self) -> None:
+        self.release()
+
+    def after_fork(self) -> None:
+        """In the child: what only the parent may go on with."""
+
+    # -- what the log asks for --------------------------------------------------------------------------
+
+    def map_segment(self, segment: Segment, size: int | None = None) -> None:
+        """Makes a segment readable, as far as its file goes."""
+        try:
+            fd = self.directory.open(segment.name, writable=self.writable)
+        except FileNotFoundError:
+            raise CorruptionError("a file that the MANIFEST names is missing", path=self.path_of(segment.name),
+                                  segment=segment.number, expected="a segment", found="nothing") from None
+        except OSError as problem:
+            raise Error(problem.errno, f"cannot open a segment: {problem.strerror}",
+                        self.path_of(segment.name)) from None
+        try:
+            self.log.map_segment(fd, segment.number, segment.chunk, segment.capacity,
+                                 os.fstat(fd).st_size if size is None else size, segment.salt)
+        finally:
+            os.close(fd)
+
+    def path_of(self, name: str) -> str:
+        return os.path.join(self.directory.path, name)
+
+    def _segment_of(self, location: int) -> tuple[int | None, int]:
+        segment = self.manifest.segment_at(location >> _core.CHUNK_UNITS)
+        if segment is None:
+            return None, location << 3
+        return segment.number, (location - (segment.chunk << _core.CHUNK_UNITS)) << 3
+
+    def _map_location(self, location: int) -> bool:
+        """Maps the segment of a location, or more of it; False if there is no more."""
+        chunk = location >> _core.CHUNK_UNITS
+        segment = self.manifest.segment_at(chunk)
+        if segment is None and not self.writable:
+            self.manifest = self._read_manifest()
+            segment = self.manifest.segment_at(chunk)
+        if segment is None:
+            return False
+        before = self.log.mapped(segment.chunk)
+        self.map_segment(segment)
+        return self.log.mapped(segment.chunk) > before
+
+    def _index_changed(self) -> None:
+        """The control page names another index than ours: take it, if it is whole."""
+        if self.log.shared_nonce == 0:      # a writer rebuilds it; until it writes, ours is as good
+            self.log.accept_nonce(0)
+        else:
+            self._take_index()
+
+    def _index_grew(self) -> bool:
+        """Maps pages of the index that were added; False if there are none."""
+        before = _core.index_facts(self.log)["bytes"]
+        try:
+            fd = self.directory.open(files.INDEX)
+        except OSError:
+            return False
+        try:
+            pages = os.fstat(fd).st_size // _core.PAGE
+            if pages * _core.PAGE > before and os.fstat(fd).st_ino == self.log.trust.get("index_inode"):
+                _core.extend_index(self.log, fd, pages)
+                return True
+        finally:
+            os.close(fd)
+        return self.log.shared_nonce != self.log.nonce and self._retake()
+
+    def _retake(self) -> bool:
+        self._index_changed()
+        return True
+
+    def _index_pages(self, pages: int) -> None:
+        """More room for an index in memory."""
+        _core.extend_index(self.log, None, pages)
+
+    def _index_damaged(self, why: str) -> None:
+        """The index cannot be believed after all: one of our own takes its place."""
+        self._build_own_index(why, self.log.shared_nonce)
+
+    def refresh(self) -> None:
+        """Looks at the store anew."""
+        if not self.writable:
+            self.manifest = self._read_manifest()
+            if self.log.shared_nonce == 0 and self._control_fd < 0:
+                self._map_control()
+            if self.log.nonce != self.log.shared_nonce or self.log.index_is_private:
+                self._take_index()
+
+    def stats(self) -> dict[str, Any]:
+        """What is known of the store now."""
+        if not self.writable:
+            self.manifest = self._read_manifest()
+        state = self.log.state
+        index = _core.index_facts(self.log)
+        segments = []
+        for s in self.manifest.segments:
+            status = self.directory.stat(s.name)
+            segments.append({"number": s.number, "sealed": s.sealed, "bytes": status.st_size,
+                             "allocated": status.st_blocks * 512, "capacity": s.capacity,
+                             "records": s.records if s.sealed else None})
+        return {
+            "path": self.directory.path,
+            "keys": state["keys"],
+            "live_bytes": state["live_bytes"],
+            "dead_bytes": state["log_bytes"] - state["live_bytes"],
+            "log_bytes": sum(s["bytes"] for s in segments),
+            "index_bytes": index["bytes"],
+            "index": index,
+            "segments": segments,
+            "last_version": state["version"],
+            "generation": self.manifest.generation,
+            "epoch": self.manifest.epoch,
+            "cuts": [list(cut) for cut in self.manifest.cuts],
+            "recovery": dict(self.recovered),
+            "writable": self.writable,
+        }
+
+
+def no_store(directory: files.Directory) -> Error:
+    """Why a directory without a MANIFEST is not opened."""
+    foreign = [name for name in directory.names() if not files.is_store_name(name)]
+    if foreign:
+        return FormatError(f"{directory.path} is not a LogKV store: it holds {sorted(foreign)[0]!r} and no MANIFEST")
+    if recovery.has_records(directory):
+        return CorruptionError("the MANIFEST is missing, but there are segments", expected="a MANIFEST", found="none",
+                               path=os.path.join(directory.path, files.MANIFEST))
+    return NotFoundError(2, "there is no store in this directory", directory.path)

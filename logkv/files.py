@@ -1,0 +1,289 @@
+"""Names, locking, sync, rename: the only place that does any.
+
+Everything that reaches a store's files from Python goes through a `Directory` or one of the functions below, so a
+test can watch or fail each of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from logkv._core import filesystem_magic
+from logkv.errors import Error, FormatError, LockedError, NotFoundError
+
+LOCK = "LOCK"
+MANIFEST = "MANIFEST"
+MANIFEST_NEXT = "MANIFEST.tmp"
+CONTROL = "control"
+INDEX = "index"
+INDEX_NEXT = "index.tmp"
+LOST_FOUND = "lost+found"
+
+# What mapped files and their coherence between processes cannot be had from (magic numbers of statfs(2)).
+NETWORK_FILE_SYSTEMS = {
+    0x6969: "NFS", 0x517B: "SMB", 0xFF534D42: "CIFS", 0xFE534D42: "SMB2", 0x01021997: "9P", 0x5346414F: "AFS",
+    0x73757245: "Coda", 0x00C36400: "Ceph",
+}
+
+
+def segment_name(number: int) -> str:
+    """The file of a segment."""
+    return f"{number:010d}.seg"
+
+
+def segment_number(name: str) -> int | None:
+    """The number of a segment's file, or None if the name is not one's."""
+    match = re.fullmatch(r"(\d{10,20})\.seg", name)
+    return int(match[1]) if match and segment_name(int(match[1])) == name else None
+
+
+def is_store_name(name: str) -> bool:
+    """Whether LogKV gives a file this name."""
+    return name in (LOCK, MANIFEST, MANIFEST_NEXT, CONTROL, INDEX, INDEX_NEXT, LOST_FOUND) \
+        or segment_number(name) is not None
+
+
+class Directory:
+    """A store's directory.  Files are named relative to its descriptor, so it may be renamed while it is open."""
+
+    def __init__(self, path: str, *, create: bool = False, mode: int = 0o666) -> None:
+        """Opens the directory; with `create` it is made if missing (its parent must be there).
+
+        Raises NotFoundError, FormatError if the path is not a directory, Error (an OSError) for missing rights.
+        """
+        self.path = path
+        self.mode = mode
+        try:
+            if create:
+                try:
+                    os.mkdir(path, mode | (mode & 0o444) >> 2)
+                except FileExistsError:
+                    pass
+                else:
+                    sync_directory_of(path)
+            self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except NotADirectoryError:
+            raise FormatError(errno.ENOTDIR, f"{path} is a file; a LogKV store is a directory", path) from None
+        except FileNotFoundError:
+            where = os.path.dirname(os.path.abspath(path))
+            raise NotFoundError(errno.ENOENT, "there is no store" if os.path.isdir(where) else
+                                f"there is no directory {where} to hold the store", path) from None
+        except OSError as problem:
+            raise Error(problem.errno, f"cannot open the store: {problem.strerror}", path) from None
+        network = NETWORK_FILE_SYSTEMS.get(filesystem_magic(self.fd))
+        if network:
+            self.close()
+            raise Error(errno.EOPNOTSUPP, f"LogKV does not work on network file systems ({network})", path)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def identity(self) -> tuple[int, int]:
+        """Device and inode."""
+        status = os.fstat(self.fd)
+        return status.st_dev, status.st_ino
+
+    def names(self) -> list[str]:
+        return os.listdir(self.fd)
+
+    def open(self, name: str, *, writable: bool = False, create: bool = False, exclusive: bool = False) -> int:
+        """A descriptor of a file in the directory."""
+        flags = os.O_CLOEXEC | (os.O_RDWR if writable else os.O_RDONLY)
+        if create:
+            flags |= os.O_CREAT | (os.O_EXCL if exclusive else 0)
+        return os.open(name, flags, self.mode, dir_fd=self.fd)
+
+    def stat(self, name: str) -> os.stat_result:
+        return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+
+    def read(self, name: str) -> bytes:
+        fd = self.open(name)
+        try:
+            return read_at(fd, os.fstat(fd).st_size, 0)
+        finally:
+            os.close(fd)
+
+    def rename(self, old: str, new: str) -> None:
+        os.rename(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+
+    def unlink(self, name: str) -> None:
+        """Removes a file; one that is not there is fine."""
+        try:
+            os.unlink(name, dir_fd=self.fd)
+        except FileNotFoundError:
+            pass
+
+    def link_aside(self, name: str, label: str) -> None:
+        """Gives a file a second name under `lost+found`, durably."""
+        self._make_aside()
+        try:
+            os.link(name, f"{LOST_FOUND}/{label}", src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        except FileExistsError:
+            pass
+        self._sync_aside()
+
+    def save_aside(self, label: str, data: bytes) -> None:
+        """Writes bytes to a file under `lost+found`, durably; one that is there already stays."""
+        self._make_aside()
+        try:
+            fd = self.open(f"{LOST_FOUND}/{label}", writable=True, create=True, exclusive=True)
+        except FileExistsError:
+            return
+        try:
+            write_at(fd, data, 0)
+            sync_data(fd)
+        finally:
+            os.close(fd)
+        self._sync_aside()
+
+    def _make_aside(self) -> None:
+        try:
+            os.mkdir(LOST_FOUND, self.mode | (self.mode & 0o444) >> 2, dir_fd=self.fd)
+        except FileExistsError:
+            pass
+
+    def _sync_aside(self) -> None:
+        fd = os.open(LOST_FOUND, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        self.sync()
+
+    def sync(self) -> None:
+        """Makes created, renamed and removed names durable."""
+        os.fsync(self.fd)
+
+
+def sync_directory_of(path: str) -> None:
+    """Makes the name of a new directory durable in its parent."""
+    fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_data(fd: int) -> None:
+    """Everything that was written to the file, through a mapping too, is on the device when this returns."""
+    if hasattr(fcntl, "F_FULLFSYNC"):       # macOS, where fsync stops at the drive's cache
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    else:
+        os.fdatasync(fd)
+
+
+def allocate(fd: int, size: int, *, whole: bool = False) -> None:
+    """Makes the file at least `size` bytes long, really: later stores into it cannot fail for lack of space.
+
+    `whole`: what it has already too, for a copy may have left holes where zeros were.
+    """
+    have = 0 if whole else os.fstat(fd).st_size
+    if size > have:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, have, size - have)
+        elif not whole:
+            write_at(fd, bytes(size - have), have)
+
+
+def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Writes all of `data`."""
+    view = memoryview(data)
+    while len(view):
+        done = os.pwrite(fd, view, offset)
+        view = view[done:]
+        offset += done
+
+
+def read_at(fd: int, size: int, offset: int) -> bytes:
+    """Reads `size` bytes, or what there is."""
+    parts = []
+    while size:
+        part = os.pread(fd, min(size, 1 << 30), offset)
+        if not part:
+            break
+        parts.append(part)
+        size -= len(part)
+        offset += len(part)
+    return b"".join(parts)
+
+
+# -- the writer's lock ------------------------------------------------------------------------------------------
+
+_WHOLE_FILE = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+_SET, _GET = getattr(fcntl, "F_OFD_SETLK", 90), getattr(fcntl, "F_OFD_GETLK", 92)
+
+
+def try_lock(fd: int) -> bool:
+    """Takes the lock of this open file, unless somebody has it; it goes with the last descriptor of that open file."""
+    try:
+        fcntl.fcntl(fd, _SET, _WHOLE_FILE)
+    except OSError as problem:
+        if problem.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def is_locked(fd: int) -> bool:
+    """Whether another open file holds the lock; takes nothing."""
+    kind: int = struct.unpack("hhqqi4x", fcntl.fcntl(fd, _GET, _WHOLE_FILE))[0]
+    return kind != fcntl.F_UNLCK
+
+
+def lock(directory: Directory, timeout: float) -> int:
+    """Takes the writer's lock, waiting for at most `timeout` seconds, and returns the descriptor that holds it.
+
+    Raises LockedError with the pid that the holder left in the file.
+    """
+    fd = directory.open(LOCK, writable=True, create=True)
+    try:
+        deadline = time.monotonic() + timeout
+        pause = 0.0005
+        while not try_lock(fd):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                text = read_at(fd, 32, 0).strip()
+                pid = int(text) if text.isdigit() else None
+                raise LockedError(f"{directory.path} is being written by another process (pid {pid or 'unknown'})",
+                                  pid=pid)
+            time.sleep(min(pause, left))
+            pause = min(pause * 2, 0.02)
+        os.ftruncate(fd, 0)
+        write_at(fd, b"%d\n" % os.getpid(), 0)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+# -- the system -------------------------------------------------------------------------------------------------
+
+def boot_id() -> bytes:
+    """16 bytes that name this run of the system; zeros if it has no such name (then nothing is believed across
+    processes that died)."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+            return bytes.fromhex(file.read().decode().strip().replace("-", ""))
+    except (OSError, ValueError):
+        return bytes(16)
+
+
+@contextmanager
+def full_disk_is_an_error(path: str, what: str) -> Iterator[None]:
+    """An OSError inside comes out as an Error that says what was being done."""
+    try:
+        yield
+    except Error:
+        raise
+    except OSError as problem:
+        raise Error(problem.errno, f"cannot {what}: {problem.strerror}", path) from problem
+

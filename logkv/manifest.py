@@ -1,0 +1,188 @@
+"""The MANIFEST: what a store is and which segments make up its log.  docs/format.md describes its fields."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from logkv import files
+from logkv._core import CHUNK, CHUNKS, FORMAT, checksum
+from logkv.errors import CorruptionError, Error, FormatError
+
+MAGIC = "LogKV MANIFEST"
+HASH = "siphash-1-3"
+
+
+@dataclass(slots=True)
+class Segment:
+    """One file of the log."""
+
+    number: int
+    chunk: int
+    capacity: int
+    salt: int
+    sealed: bool = False
+    end: int | None = None              # of its records; None: where the scan ends
+    records: int = 0
+    first_version: int = 0
+    last_version: int = 0
+
+    @property
+    def name(self) -> str:
+        return files.segment_name(self.number)
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks of the location space it owns."""
+        return -(-self.capacity // CHUNK)
+
+
+@dataclass(slots=True)
+class Manifest:
+    """A store's identity and the order of its segments.  Changed in memory, then written as a whole."""
+
+    identity: int
+    seed: bytes
+    generation: int = 0
+    epoch: int = 0
+    next_number: int = 1
+    next_chunk: int = 0
+    last_version: int = 0
+    cuts: list[list[int]] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def new(cls) -> Manifest:
+        """A store with an identity and a seed of its own, and no segment yet."""
+        return cls(identity=secrets.randbits(64), seed=secrets.token_bytes(16))
+
+    def add_segment(self, capacity: int) -> Segment:
+        """A successor, numbered and placed, at the end of the list."""
+        segment = Segment(self.next_number, self.next_chunk, capacity, secrets.randbits(32))
+        if segment.chunk + segment.chunks > CHUNKS:
+            raise Error(f"the store is full: its {CHUNK * CHUNKS >> 40} TiB of locations have all been given out")
+        self.next_number += 1
+        self.next_chunk += segment.chunks
+        self.segments.append(segment)
+        return segment
+
+    def segment_at(self, chunk: int) -> Segment | None:
+        """The segment that owns a chunk."""
+        for segment in reversed(self.segments):
+            if segment.chunk <= chunk < segment.chunk + segment.chunks:
+                return segment
+        return None
+
+    def segment_numbered(self, number: int) -> Segment | None:
+        for segment in reversed(self.segments):
+            if segment.number == number:
+                return segment
+        return None
+
+    def copy(self) -> Manifest:
+        return replace(self, cuts=[list(cut) for cut in self.cuts], segments=[replace(s) for s in self.segments],
+                       options=dict(self.options))
+
+    def encode(self) -> bytes:
+        """The file's bytes."""
+        body = json.dumps({
+            "identity": f"{self.identity:016x}", "seed": self.seed.hex(), "hash": HASH, "features": [0, 0, 0],
+            "options": self.options, "generation": self.generation, "epoch": self.epoch,
+            "next_number": self.next_number, "next_chunk": self.next_chunk, "last_version": self.last_version,
+            "cuts": self.cuts,
+            "segments": [{name: getattr(s, name) for name in Segment.__slots__} for s in self.segments],
+        }, indent=1).encode()
+        return b"%s %d %08x %d\n" % (MAGIC.encode(), FORMAT, checksum(body), len(body)) + body
+
+    @classmethod
+    def decode(cls, data: bytes, path: str, *, writable: bool) -> Manifest:
+        """The MANIFEST in these bytes.
+
+        Raises FormatError (not one, or of a newer format), CorruptionError (its checksum fails).
+        """
+        head, newline, body = data.partition(b"\n")
+        words = head.split(b" ")
+        if not newline or b" ".join(words[:2]).decode("latin-1") != MAGIC or len(words) != 5:
+            if data.startswith(MAGIC.encode()[:1]) or not data.strip(b"\0"):
+                raise CorruptionError("the first line is damaged", path=path, offset=0,
+                                      expected=f"{MAGIC} <format> <checksum> <length>", found=repr(head[:60]))
+            raise FormatError(f"{path} is not a MANIFEST of LogKV: it begins with {head[:30]!r}")
+        if not words[2].isdigit():
+            raise CorruptionError("the format's number is damaged", path=path, offset=len(MAGIC) + 1,
+                                  expected=str(FORMAT), found=repr(words[2]))
+        if int(words[2]) != FORMAT:
+            raise FormatError(f"{path} has format {int(words[2])}; this version of LogKV knows format {FORMAT}: "
+                              "a newer version wrote it, or its first line is damaged")
+        if words[3] != b"%08x" % checksum(body) or words[4] != b"%d" % len(body):
+            raise CorruptionError("the MANIFEST fails its checksum", path=path, offset=0,
+                                  expected=f"{words[3].decode('latin-1')}, {words[4].decode('latin-1')} bytes",
+                                  found=f"{checksum(body):08x}, {len(body)} bytes")
+        fields = json.loads(body)
+        features = fields["features"]
+        if features[2] or features[1] and writable:
+            raise FormatError(f"{path} asks for features {features} that this version of LogKV does not have")
+        if fields["hash"] != HASH:
+            raise FormatError(f"{path} asks for the hash {fields['hash']!r}; this version of LogKV has {HASH!r}")
+        return cls(
+            identity=int(fields["identity"], 16), seed=bytes.fromhex(fields["seed"]),
+            generation=fields["generation"], epoch=fields["epoch"], next_number=fields["next_number"],
+            next_chunk=fields["next_chunk"], last_version=fields["last_version"], cuts=fields["cuts"],
+            options=fields["options"],
+            segments=[Segment(**{name: s[name] for name in Segment.__slots__ if name in s})
+                      for s in fields["segments"]],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One MANIFEST file, as the control page vouches for it."""
+
+    generation: int
+    inode: int
+    ctime: int
+
+
+def read(directory: files.Directory, *, writable: bool = False) -> tuple[Manifest, Instance] | None:
+    """The MANIFEST of a directory and which file it came from, or None if there is none."""
+    path = os.path.join(directory.path, files.MANIFEST)
+    try:
+        fd = directory.open(files.MANIFEST)
+    except FileNotFoundError:
+        return None
+    except OSError as problem:
+        raise Error(problem.errno, f"cannot read the MANIFEST: {problem.strerror}", path) from None
+    try:
+        status = os.fstat(fd)
+        manifest = Manifest.decode(files.read_at(fd, status.st_size, 0), path, writable=writable)
+    finally:
+        os.close(fd)
+    return manifest, Instance(manifest.generation, status.st_ino, status.st_ctime_ns)
+
+
+def write_next(directory: files.Directory, manifest: Manifest) -> int:
+    """Writes and syncs the coming MANIFEST beside the one in force; returns its inode."""
+    directory.unlink(files.MANIFEST_NEXT)
+    fd = directory.open(files.MANIFEST_NEXT, writable=True, create=True, exclusive=True)
+    try:
+        files.write_at(fd, manifest.encode(), 0)
+        files.sync_data(fd)
+        return os.fstat(fd).st_ino
+    finally:
+        os.close(fd)
+
+
+def adopt_next(directory: files.Directory) -> int:
+    """Renames the coming MANIFEST over the one in force, durably; returns the ctime that the rename gave it."""
+    directory.rename(files.MANIFEST_NEXT, files.MANIFEST)
+    directory.sync()
+    return directory.stat(files.MANIFEST).st_ctime_ns
+
+
+def now() -> int:
+    """Nanoseconds since 1970."""
+    return time.time_ns()

@@ -1,0 +1,83 @@
+"""One background thread for one writing engine: it seals, prepares and flushes while puts go on."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from logkv.writer import Writing
+
+
+class Worker:
+    """Runs bound methods of an engine that it does not keep alive.  Its thread begins with the first call."""
+
+    def __init__(self, engine: Writing) -> None:
+        self._engine = weakref.ref(engine)
+        self._wake = threading.Condition()
+        self._queue: list[tuple[float, int, str]] = []
+        self._order = itertools.count()
+        self._thread: threading.Thread | None = None
+        self._stopped = False
+
+    def call(self, method: Callable[..., Any]) -> None:
+        """Runs a method of the engine soon."""
+        self.call_later(0.0, method)
+
+    def call_later(self, delay: float, method: Callable[..., Any]) -> None:
+        """Runs a method of the engine after `delay` seconds."""
+        with self._wake:
+            if self._stopped:
+                return
+            name = method.__name__
+            if delay == 0.0 and any(name == waiting for _, _, waiting in self._queue):
+                return
+            heapq.heappush(self._queue, (time.monotonic() + delay, next(self._order), name))
+            if self._thread is None:
+                self._thread = threading.Thread(target=_run, args=(self._engine, self), name="logkv", daemon=True)
+                self._thread.start()
+            self._wake.notify()
+
+    def next_task(self) -> str | None:
+        """Waits for the next task that is due; None when the worker was stopped."""
+        with self._wake:
+            while not self._stopped:
+                if not self._queue:
+                    self._wake.wait(1.0)
+                    if not self._queue and self._engine() is None:
+                        return None
+                    continue
+                due = self._queue[0][0] - time.monotonic()
+                if due <= 0:
+                    return heapq.heappop(self._queue)[2]
+                self._wake.wait(min(due, 1.0))
+                if self._engine() is None:
+                    return None
+            return None
+
+    def stop(self) -> None:
+        """Drops what is waiting and returns when the thread has finished what it was at."""
+        with self._wake:
+            self._stopped = True
+            self._queue.clear()
+            self._wake.notify()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        self._thread = None
+
+
+def _run(engine: weakref.ref[Writing], worker: Worker) -> None:
+    while (name := worker.next_task()) is not None:
+        alive = engine()
+        if alive is None:
+            return
+        try:
+            getattr(alive, name)()
+        except BaseException as problem:      # it is kept, and raised by the write that meets it again
+            alive.failed_in_background(problem)
+        del alive

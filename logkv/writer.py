@@ -1,0 +1,578 @@
+"""What changes a store: creating, recovering, rotating, sealing, syncing, closing.
+
+The order of the steps is what survives a crash; docs/how-it-works.md says why each stands where it does.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from logkv import _core, files, manifest, recovery
+from logkv.engine import Engine, no_store
+from logkv.errors import ClosedError, Error, NotFoundError
+from logkv.manifest import Instance, Manifest, Segment
+from logkv.worker import Worker
+
+FIRST_STEP = 32 << 10           # bytes that a new segment's file has
+LARGEST_STEP = 16 << 20         # by which it grows at the most
+START = _core.SEGMENT_HEADER
+PARTIAL = 4096                  # bytes behind a trusted end that are looked at, beside what was reserved
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a store is written; the same for all handles of a process."""
+
+    sync: float | str = "os"                # "os", "always", or seconds
+    segment_size: int = 256 << 20
+    background: bool = True                 # sealing and flushing on a thread of their own
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sync, str):
+            if self.sync not in ("os", "always"):
+                raise ValueError(f'sync must be "os", "always" or a number of seconds, not {self.sync!r}')
+        elif isinstance(self.sync, bool) or not isinstance(self.sync, (int, float)):
+            raise TypeError(f'sync must be "os", "always" or a number of seconds, not {type(self.sync).__name__}')
+        elif not 0 < self.sync <= 86_400:
+            raise ValueError(f"sync must be more than 0 and at most 86,400 seconds, not {self.sync}")
+        if not isinstance(self.segment_size, int) or isinstance(self.segment_size, bool):
+            raise TypeError(f"segment_size must be an int, not {type(self.segment_size).__name__}")
+        if not _core.SEGMENT_MIN <= self.segment_size <= _core.SEGMENT_MAX:
+            raise ValueError(f"segment_size must be from {_core.SEGMENT_MIN:,} (64 KiB) to {_core.SEGMENT_MAX:,} "
+                             f"(1 GiB) bytes, not {self.segment_size:,}")
+
+
+class Writing(Engine):
+    """A store, open for writing, shared by all handles of the process that write it.
+
+    Locks are taken in the order `_seal_lock`, `_sync_lock`, `_lock`; a put's fast path takes none of them.
+    """
+
+    writable = True
+
+    def __init__(self, directory: files.Directory, options: Options, *, create: bool, timeout: float) -> None:
+        self.options = options
+        self._create_missing = create
+        self._timeout = timeout
+        self._lock = threading.RLock()          # the MANIFEST, the active segment, rotation
+        self._sync_lock = threading.Lock()      # one fdatasync at a time; whoever waits for it shares it
+        self._seal_lock = threading.Lock()
+        self._lock_fd = self._index_fd = -1
+        self._fds: dict[int, int] = {}          # of segments that are not sealed, open since before their first store
+        self._synced_version: int | None = None  # all up to here is on the device; None: not known
+        self._worker = Worker(self)
+        self.problem: BaseException | None = None   # the last failure on the background thread
+        super().__init__(directory)
+
+    # -- opening ----------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        began = time.perf_counter()
+        with files.full_disk_is_an_error(self.directory.path, "open the store"):
+            self._lock_fd = files.lock(self.directory, self._timeout)
+            found = manifest.read(self.directory, writable=True)
+            if found is None:
+                if not self._create_missing:
+                    raise no_store(self.directory)
+                self._create()
+                found = manifest.read(self.directory, writable=True)
+                assert found is not None
+            self.manifest, instance = found
+            self.log = _core.Log(self, self.manifest.identity, self.manifest.seed, True)
+            self._open_control()
+            for name in recovery.leftovers(self.directory, self.manifest):
+                self.directory.unlink(name)
+            self._recover(instance)
+        sync = self.options.sync
+        self.log.set_sync(sync == "always", int(sync * 1e9) if not isinstance(sync, str) else 0)
+        self.recovered.setdefault("seconds", time.perf_counter() - began)
+        self._request_sealing()
+
+    def _create(self) -> None:
+        """A new store in an empty directory, or in one where that was begun before: the MANIFEST comes last."""
+        problem = no_store(self.directory)
+        if not isinstance(problem, NotFoundError):
+            raise problem
+        for name in self.directory.names():
+            if name not in (files.LOCK, files.CONTROL):
+                self.directory.unlink(name)
+        new = Manifest.new()
+        new.generation = 1
+        segment = new.add_segment(self.options.segment_size)
+        self._create_segment(new, segment)
+        manifest.write_next(self.directory, new)
+        manifest.adopt_next(self.directory)
+
+    def _create_segment(self, current: Manifest, segment: Segment, records: bytes = b"") -> None:
+        """A segment's file, on the device with its header, before any MANIFEST names it."""
+        self.directory.unlink(segment.name)
+        fd = self.directory.open(segment.name, writable=True, create=True, exclusive=True)
+        self._fds[segment.number] = fd
+        files.allocate(fd, file_step(0, segment.capacity, START + len(records)))
+        header = _core.encode_segment_header(segment.number, current.identity, current.seed, segment.salt)
+        files.write_at(fd, header + records, 0)
+        files.sync_data(fd)
+        self.directory.sync()
+
+    def _open_control(self) -> None:
+        fd = self.directory.open(files.CONTROL, writable=True, create=True)
+        try:
+            files.allocate(fd, _core.PAGE)
+        finally:
+            os.close(fd)
+        self._map_control()
+        if not self.log.trust:
+            self.log.begin_control()
+
+    def _recover(self, instance: Instance) -> None:
+        trust = recovery.trust(self.directory, self.log, self._control_fd, instance)
+        failed = self.log.trust["sync_failed"] and self.log.trust["boot"] == files.boot_id()
+        tail = self._take_trusted(trust, instance) if trust.index else None
+        if tail is None:
+            tail = self._rebuild(trust.why or self.recovered.get("why", ""))
+        if failed:
+            tail = self._rescue(tail)
+        lost = self._cut(tail)
+        self._begin(tail, lost)
+
+    def _take_trusted(self, trust: recovery.Trust, instance: Instance) -> recovery.Tail | None:
+        """Goes on with the index that is there, and replays what it may lack; None if it is not right after all."""
+        nonce = self.log.shared_nonce
+        problem = self._attach_index(trust.clean, nonce)
+        number, end, version = self.log.restore_state()
+        segment = self.manifest.segment_numbered(number)
+        if problem is None and (segment is None or segment.sealed):
+            problem = f"it ends in segment {number}, which is not the active one"
+        if problem is not None or segment is None:
+            self.recovered = {"why": problem}
+            return None
+        self._vouch_manifest(instance)
+        self._vouch_index(nonce)
+        if trust.clean:
+            self.log.mark_dirty()
+            files.sync_data(self._control_fd)
+        self.map_segment(segment)
+        _core.adopt_last(self.log, segment.chunk)
+        number, end, version = self.log.restore_state()
+        self.recovered = {"index": "clean" if trust.clean else "trusted", "cut_bytes": 0}
+        return recovery.walk(self, segment, end, version)
+
+    def _rebuild(self, why: str) -> recovery.Tail:
+        """A new index from the log, in a file of its own until it is whole."""
+        self.log.distrust_index()
+        self.log.mark_dirty()
+        files.sync_data(self._control_fd)
+        expected = recovery.expected_keys(self)
+        self.directory.unlink(files.INDEX_NEXT)
+        self._keep_index(self.directory.open(files.INDEX_NEXT, writable=True, create=True, exclusive=True))
+        files.allocate(self._index_fd, _core.index_pages(expected) * _core.PAGE)
+        _core.create_index(self.log, self._index_fd, expected, self.manifest.epoch, secrets.randbits(63) + 1)
+        self.log.reset_state()
+        tail = recovery.rebuild(self, why)
+        self.directory.rename(files.INDEX_NEXT, files.INDEX)
+        return tail
+
+    def _cut(self, tail: recovery.Tail) -> int:
+        """Zeroes what stands behind the log's end, what came later first; returns the highest version that went.
+
+        Whole records among it are set aside.  Never by truncation: readers have the file mapped.
+        """
+        lost = 0
+        rebuilt = self.recovered["index"] == "rebuilt"
+        for segment in [*reversed(tail.abandoned or []), tail.segment]:
+            start = tail.end if segment is tail.segment else START
+            reach = 1 << 62 if rebuilt else max(self.log.reserved_end, start + PARTIAL)
+            rest = _core.first_nonzero(self.log, segment.chunk, start, reach)
+            if rest is None:
+                continue
+            fd = self._fd_of(segment)
+            stop = rest[1]
+            whole = _core.find_record(self.log, segment.chunk, start, tail.version)
+            if whole is not None:
+                lost = max(lost, whole)
+                self.directory.save_aside(f"{segment.name}.{start}-{stop}.{tail.version}",
+                                          files.read_at(fd, stop - start, start))
+            for offset in range(start, stop, 1 << 20):
+                files.write_at(fd, bytes(min(1 << 20, stop - offset)), offset)
+            files.sync_data(fd)
+            self.recovered["cut_bytes"] += stop - start
+        return lost
+
+    def _begin(self, tail: recovery.Tail, lost: int) -> None:
+        """The log's end is known and clean behind: writes a MANIFEST of this writer's own and lets puts begin."""
+        current = self.manifest.copy()
+        version = max(tail.version, lost, current.last_version)
+        if lost:
+            version = max(version, manifest.now())
+            current.cuts.append([tail.version, version + 1])
+        current.last_version = version
+        fd = self._fd_of(tail.segment)
+        size = os.fstat(fd).st_size
+        files.allocate(fd, size, whole=True)
+        self._set_active(tail.segment, size, tail.end)
+        if version != tail.version or self.recovered["index"] == "rebuilt":
+            self.log.settle_state(tail.segment.number, tail.end, version)
+        self._write_manifest(current)
+        if self.recovered["index"] == "rebuilt":
+            self._vouch_index(_core.index_nonce(self.log))
+            self.directory.sync()
+            self.log.note_durable(tail.segment.number, tail.end if not any(self._full_segments()) else START)
+            self.log.note_sync_failure(0)
+        elif self.recovered["index"] == "clean":
+            self._synced_version = tail.version
+
+    def _set_active(self, segment: Segment, size: int, end: int) -> None:
+        self.map_segment(segment, size)
+        _core.set_active(self.log, self._fd_of(segment), segment.number, segment.chunk, segment.capacity, min(size, segment.capacity), end)
+        self._active = segment
+
+    def _fd_of(self, segment: Segment) -> int:
+        if segment.number not in self._fds:
+            self._fds[segment.number] = self.directory.open(segment.name, writable=True)
+        return self._fds[segment.number]
+
+    def _keep_index(self, fd: int) -> None:
+        if self._index_fd >= 0:
+            os.close(self._index_fd)
+        self._index_fd = fd
+
+    # -- MANIFEST and trust -----------------------------------------------------------------------------
+
+    def _write_manifest(self, new: Manifest) -> None:
+        """Replaces the MANIFEST.  The control page is told before the rename, so a kill around it costs no trust."""
+        new.generation = self.manifest.generation + 1
+        new.last_version = max(new.last_version, self.log.state["version"])
+        inode = manifest.write_next(self.directory, new)
+        self.log.note_manifest(True, new.generation, inode, 0)
+        self._vouch_manifest(Instance(new.generation, inode, manifest.adopt_next(self.directory)))
+        self.manifest = new
+
+    def _vouch_manifest(self, instance: Instance) -> None:
+        for coming in (True, False):
+            self.log.note_manifest(coming, instance.generation, instance.inode, instance.ctime)
+
+    def _vouch_index(self, nonce: int) -> None:
+        control = os.fstat(self._control_fd)
+        self.log.trust_index(files.boot_id(), control.st_dev, control.st_ino, os.fstat(self._index_fd).st_ino, nonce)
+
+    # -- room in the log --------------------------------------------------------------------------------
+
+    def _make_room(self, need: int) -> None:
+        """The next record does not fit into what is allocated: more of the segment, or the next one."""
+        while True:
+            self._check_open()
+            with self._lock, files.full_disk_is_an_error(self.directory.path, "make room for a record"):
+                number, end = self.log.position
+                if end + need <= self.log.allocated:
+                    return
+                full = self._full_segments()
+                if end + need <= self.log.capacity:
+                    self._grow_file(end + need)
+                    if end > self.log.capacity // 2 and not full and self._successor() is None:
+                        self._request(self._prepare)
+                    return
+                if not full:
+                    self._rotate(need)
+                    self._request_sealing()
+                    return
+            self._seal_oldest()         # at most one full segment is unsealed: this put waits
+
+    def _grow_file(self, needed: int) -> None:
+        fd = self._fds[self._active.number]
+        size = file_step(os.fstat(fd).st_size, self._active.capacity, needed)
+        files.allocate(fd, size)
+        self.map_segment(self._active, size)
+        _core.set_allocated(self.log, self._active.chunk, min(size, self._active.capacity))
+
+    def _successor(self) -> Segment | None:
+        """The segment that was prepared to follow the active one."""
+        last = self.manifest.segments[-1]
+        return last if last is not self._active and last.number != self._active.number else None
+
+    def _full_segments(self) -> list[Segment]:
+        """Full segments that are not sealed yet."""
+        full = []
+        for segment in self.manifest.segments:
+            if segment.number == self._active.number:
+                break
+            if not segment.sealed:
+                full.append(segment)
+        return full
+
+    def _prepare(self, need: int = 0) -> None:
+        """Makes the successor: its file on the device, then its name in the MANIFEST, before its first record."""
+        with self._lock:
+            capacity = max(self.options.segment_size, START + _core.CONTINUES_SIZE + need)
+            old = self._successor()
+            if old is not None and old.capacity >= capacity:
+                return
+            new = self.manifest.copy()
+            if old is not None:
+                new.segments.pop()
+            segment = new.add_segment(capacity)
+            self._create_segment(new, segment)
+            self._write_manifest(new)
+            if old is not None:
+                fd = self._fds.pop(old.number, -1)
+                if fd >= 0:
+                    os.close(fd)
+                self.directory.unlink(old.name)
+
+    def _rotate(self, need: int) -> None:
+        """Goes on in the successor.  Called with the lock held and nothing left to seal."""
+        self._prepare(need)
+        segment = self._successor()
+        assert segment is not None
+        fd = self._fd_of(segment)
+        files.allocate(fd, file_step(os.fstat(fd).st_size, segment.capacity, START + _core.CONTINUES_SIZE + need))
+        size = os.fstat(fd).st_size
+        self.map_segment(segment, size)
+        _core.switch_segment(self.log, fd, segment.number, segment.chunk, segment.capacity, min(size, segment.capacity))
+        self._active = segment
+
+    # -- sealing ----------------------------------------------------------------------------------------
+
+    def _request_sealing(self) -> None:
+        if self._full_segments():
+            self._request(self._seal_oldest)
+
+    def _seal_oldest(self) -> None:
+        """Seals the oldest full segment: records synced, footer written, synced, then `sealed` in the MANIFEST."""
+        with self._seal_lock, files.full_disk_is_an_error(self.directory.path, "seal a full segment"):
+            full = self._full_segments()
+            if not full:
+                return
+            segment = full[0]
+            with self._lock:
+                following = self.manifest.segments[self.manifest.segments.index(segment) + 1]
+                fd, following_fd = self._fd_of(segment), self._fd_of(following)
+                self.map_segment(segment)
+                self.map_segment(following)
+            end = segment.end
+            if end is None:
+                link = _core.read_link(self.log, following.chunk)
+                assert link is not None and link[0] == segment.number
+                end = link[1]
+            self._sync_fd(fd)
+            self._sync_fd(following_fd)     # a segment behind a sealed one begins with its link, whatever happens
+            value = _core.build_footer(self.log, segment.chunk, end)
+            first, last, records = (int.from_bytes(value[at:at + 8], "little") for at in (0, 8, 16))
+            record = _core.encode_record(_core.FOOTER, last, b"", value, segment.salt, end)
+            files.allocate(fd, end + len(record))
+            files.write_at(fd, record, end)
+            self._sync_fd(fd)
+            with self._sync_lock, self._lock:
+                new = self.manifest.copy()
+                sealed = new.segment_numbered(segment.number)
+                assert sealed is not None
+                sealed.sealed, sealed.end, sealed.records = True, end, records
+                sealed.first_version, sealed.last_version = first, last
+                self._write_manifest(new)
+                os.close(self._fds.pop(segment.number))
+
+    # -- the device -------------------------------------------------------------------------------------
+
+    def sync(self) -> None:
+        """Everything acknowledged is on the device when this returns."""
+        self._check_open()
+        self._sync_to(self.log.state["version"])
+
+    def _sync_to(self, version: int) -> None:
+        """Shares the sync of whoever holds the lock, if that began after this version."""
+        with self._sync_lock:
+            if self._synced_version is not None and self._synced_version >= version:
+                return
+            if self.log.poisoned:
+                raise Error(self.log.poisoned)
+            with self._lock:
+                number, end = self.log.position
+                covered = self.log.state["version"]
+                fds = [self._fd_of(segment) for segment in [*self._full_segments(), self._active]]
+            for fd in fds:
+                self._sync_fd(fd)
+            with self._lock:
+                self.log.note_durable(number, end)
+                self.log.synced(covered)
+                marked = self.log.state["version"] == covered
+                _core.append_mark(self.log, number, end)
+                self._synced_version = self.log.state["version"] if marked else covered
+
+    def _sync_fd(self, fd: int) -> None:
+        try:
+            files.sync_data(fd)
+        except OSError as problem:
+            self._poison(problem)
+            raise Error(problem.errno, self.log.poisoned) from problem
+
+    def _poison(self, problem: OSError) -> None:
+        """A sync that failed cannot be repeated: the system may have dropped the pages and call them clean."""
+        number, end = self.log.trust["durable"]
+        self.log.poisoned = (
+            f"a sync failed ({problem.strerror}): what was written after offset {end} of segment {number} may not be "
+            "on the device; reading goes on, writing needs the store to be closed and opened again")
+        self.log.note_sync_failure(problem.errno or 5)
+
+    def _after_write(self, wait: bool) -> None:
+        """A write that must not stay unsynced for long."""
+        if wait:
+            self._sync_to(self.log.state["version"])
+        elif self.options.background and not isinstance(self.options.sync, str):
+            self._worker.call_later(self.options.sync / 2, self.sync)
+
+    def _rescue(self, tail: recovery.Tail) -> recovery.Tail:
+        """After a failed sync in this boot, the cache above the last durable place may call pages clean that the device
+        never got: writes it all again, to a new segment, before anything else."""
+        number, durable = self.log.trust["durable"]
+        segments = self.manifest.segments
+        segment = self.manifest.segment_numbered(number)
+        if segment is None or segment.sealed:
+            segment = next(s for s in segments if not s.sealed)
+            durable = START
+        self.map_segment(segment)
+        _, durable, version, _ = _core.survey(self.log, segment.chunk, START, durable, 0)
+        new = self.manifest.copy()
+        at = segments.index(segment)
+        del new.segments[at + 1:]
+        new.segments[at].end = durable
+        parts = []
+        for source in segments[at:segments.index(tail.segment) + 1]:
+            start = durable if source is segment else START
+            stop = tail.end if source is tail.segment else 1 << 62
+            parts.append((source.chunk, start, stop))
+        size = START + _core.CONTINUES_SIZE + sum(min(stop, self.log.mapped(chunk)) - start for chunk, start, stop in parts)
+        copy = new.add_segment(max(self.options.segment_size, size + _core.MARK_SIZE))
+        records = _core.encode_link(number, durable, version, copy.salt)
+        for chunk, start, stop in parts:
+            records += _core.copy_records(self.log, chunk, start, stop, copy.salt, START + len(records))
+        self._create_segment(new, copy, records)
+        self._write_manifest(new)
+        for old in segments[at + 1:]:
+            fd = self._fds.pop(old.number, -1)
+            if fd >= 0:
+                os.close(fd)
+            self.directory.unlink(old.name)
+        self.log.note_sync_failure(0)
+        return self._rebuild("a sync had failed")
+
+    # -- emptying ---------------------------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """Empties the store at once: one synced MANIFEST names a new segment alone, then an empty index follows."""
+        self._check_open()
+        with self._seal_lock, self._sync_lock, self._lock, \
+                files.full_disk_is_an_error(self.directory.path, "empty the store"):
+            if self.log.poisoned:
+                raise Error(self.log.poisoned)
+            version = max(self.log.state["version"] + 1, manifest.now())
+            new = self.manifest.copy()
+            new.segments.clear()
+            new.epoch += 1
+            segment = new.add_segment(self.options.segment_size)
+            number, end = self.log.position
+            records = _core.encode_link(number, end, self.log.state["version"], segment.salt)
+            records += _core.encode_record(_core.CLEAR, version, b"", b"", segment.salt, START + len(records))
+            self._create_segment(new, segment, records)
+            self.directory.unlink(files.INDEX_NEXT)
+            index_fd = self.directory.open(files.INDEX_NEXT, writable=True, create=True, exclusive=True)
+            files.allocate(index_fd, _core.index_pages(0) * _core.PAGE)
+            old = self.manifest.segments
+            self._write_manifest(new)
+            self.directory.rename(files.INDEX_NEXT, files.INDEX)
+            self._keep_index(index_fd)
+            _core.create_index(self.log, index_fd, 0, new.epoch, secrets.randbits(63) + 1)
+            self.log.reset_state()
+            self._set_active(segment, os.fstat(self._fds[segment.number]).st_size, START + len(records))
+            self.log.settle_state(segment.number, START + len(records), version, len(records))
+            self._vouch_index(_core.index_nonce(self.log))
+            self.log.note_durable(segment.number, START + len(records))
+            self._synced_version = version
+            for gone in old:
+                fd = self._fds.pop(gone.number, -1)
+                if fd >= 0:
+                    os.close(fd)
+                self.directory.unlink(gone.name)
+            self.directory.sync()
+
+    # -- the index's file -------------------------------------------------------------------------------
+
+    def _index_pages(self, pages: int) -> None:
+        with self._lock, files.full_disk_is_an_error(self.directory.path, "make room in the index"):
+            files.allocate(self._index_fd, pages * _core.PAGE)
+            _core.extend_index(self.log, self._index_fd, pages)
+
+    def _index_damaged(self, why: str) -> None:
+        """A shard fails its checksum: the log has it all."""
+        with self._lock:
+            active, end, version = self._active, self.log.position[1], self.log.state["version"]
+            self._rebuild(why)
+            self.log.settle_state(active.number, end, version)
+            self._vouch_index(_core.index_nonce(self.log))
+
+    # -- background and end -----------------------------------------------------------------------------
+
+    def _request(self, task: Any) -> None:
+        if self.options.background:
+            self._worker.call(task)
+        else:
+            task()
+
+    def failed_in_background(self, problem: BaseException) -> None:
+        """What the worker's thread could not do is tried again by the put that needs it, and raises there."""
+        self.problem = problem
+
+    def _check_open(self) -> None:
+        if self.log.closed:
+            raise ClosedError("the store is closed")
+
+    def close(self) -> None:
+        """Syncs, gives the index its checksums, sets the clean mark, lets the lock go.  Everything is let go also
+        when that fails, and then the failure is raised."""
+        self._worker.stop()
+        try:
+            if not self.log.poisoned and self.log.writable:
+                with files.full_disk_is_an_error(self.directory.path, "close the store"):
+                    self.sync()
+                    self._sync_fd(self._fd_of(self._active))        # the mark of that sync
+                    _core.seal_index(self.log)
+                    files.sync_data(self._index_fd)
+                    self.directory.sync()
+                    self.log.mark_clean(self.manifest.generation)
+                    files.sync_data(self._control_fd)
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        super().release()
+        for fd in [*self._fds.values(), self._index_fd, self._lock_fd]:
+            if fd >= 0:
+                os.close(fd)
+        self._fds.clear()
+        self._index_fd = self._lock_fd = -1
+
+    def after_fork(self) -> None:
+        """The child reads on; the lock stays the parent's alone."""
+        os.close(self._lock_fd)
+        self._lock_fd = -1
+        self.log.become_reader()
+        self._lock, self._sync_lock, self._seal_lock = threading.RLock(), threading.Lock(), threading.Lock()
+        self._worker = Worker(self)
+
+    def stats(self) -> dict[str, Any]:
+        facts = super().stats()
+        facts["active"] = self._active.number
+        facts["problem"] = None if self.problem is None else str(self.problem)
+        facts["poisoned"] = self.log.poisoned
+        return facts
+
+
+def file_step(size: int, capacity: int, needed: int) -> int:
+    """How long a segment's file becomes: twice as long, within bounds, and as long as is needed."""
+    step = max(FIRST_STEP, min(2 * size, size + LARGEST_STEP), needed)
+    page = _core.PAGE
+    return max(size, min(-(-step // page) * page, -(-capacity // page) * page))
+

@@ -1,0 +1,31 @@
+"""The extension module; everything else is in pyproject.toml."""
+
+import os
+import sys
+from glob import glob
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+if sys.platform == "win32":
+    raise SystemExit("LogKV does not support Windows: nobody has tested its mapped files and locks there")
+
+flags = os.environ.get("LOGKV_CFLAGS", "").split()
+
+setup(
+    ext_modules=cythonize(
+        [
+            Extension(
+                "logkv._core",
+                ["ext/_core.pyx"],
+                include_dirs=["ext"],
+                depends=sorted(glob("ext/*")),
+                extra_compile_args=["-O3", "-std=gnu11", "-fno-strict-aliasing", *flags],
+                extra_link_args=flags,
+            )
+        ],
+        include_path=["ext"],
+        build_dir="build",
+        annotate=bool(os.environ.get("LOGKV_ANNOTATE")),
+    )
+)

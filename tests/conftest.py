@@ -1,0 +1,46 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import logkv
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    """Where a store may be made."""
+    return str(tmp_path / "prices.db")
+
+
+@pytest.fixture
+def in_child() -> Iterator[Callable[[Callable[[], None]], int]]:
+    """Runs a function in a forked child and returns how that ended, as `os.waitstatus_to_exitcode` says it."""
+
+    def run(work: Callable[[], None]) -> int:
+        pid = os.fork()
+        if pid == 0:
+            status = 99
+            try:
+                work()
+                status = 0
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    yield run
+
+
+@pytest.fixture
+def store(path: str) -> Iterator[logkv.Store]:
+    """A new store, closed at the end."""
+    with logkv.open(path) as db:
+        yield db

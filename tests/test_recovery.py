@@ -1,0 +1,522 @@
+"""Opening after whatever happened: a torn tail, a kill, a copy, a power cut, a failed sync, damage."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import logkv
+from logkv import files
+from logkv.store import Options, Store, Writing, _acquire_writer
+
+SEGMENT = 65_536
+BOOT_AT = 32        # of the boot id in the control page
+RunInChild = Callable[[Callable[[], None]], int]
+
+
+def killed(path: str, in_child: RunInChild, work: Callable[[logkv.Store], None], **options: object) -> None:
+    """Lets a child write and kills it before it can close."""
+
+    def child() -> None:
+        db = logkv.open(path, **options)     # type: ignore[arg-type]
+        work(db)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(child) == -signal.SIGKILL
+
+
+def power_cut(path: str) -> None:
+    """What a restart of the system leaves of the trust in an index: another boot id."""
+    with open(os.path.join(path, "control"), "r+b") as file:
+        file.seek(BOOT_AT)
+        file.write(b"another boot id!")
+
+
+def segments(path: str) -> list[Path]:
+    return sorted(Path(path).glob("*.seg"))
+
+
+def log_end(path: str) -> int:
+    """Bytes of the last segment that are not zeros at its end, rounded up to a record's alignment."""
+    return -(-len(segments(path)[-1].read_bytes().rstrip(b"\0")) // 8) * 8
+
+
+# -- the torn tail ----------------------------------------------------------------------------------------------
+
+
+def test_every_byte_of_the_tail_cut_off(tmp_path: Path, in_child: RunInChild) -> None:
+    """The store opens, holds exactly the records that were whole, and takes new ones that stay."""
+    source = str(tmp_path / "source")
+    pairs = [(f"key {i}".encode(), bytes([65 + i]) * (i * 7 % 60)) for i in range(8)]
+    ends = [64]
+
+    def work(db: logkv.Store) -> None:
+        for key, value in pairs:
+            db[key] = value
+
+    killed(source, in_child, work)
+    for key, value in pairs:
+        ends.append(ends[-1] + -(-(20 + len(key) + len(value)) // 8) * 8)
+    whole = segments(source)[0].read_bytes()
+    assert ends[-1] == log_end(source)
+    for cut in range(64, ends[-1] + 1):
+        path = str(tmp_path / "cut")
+        shutil.copytree(source, path)
+        segments(path)[0].write_bytes(whole[:cut] + bytes(len(whole) - cut))
+        held = max(n for n, end in enumerate(ends) if end <= cut)
+        # the last bytes of a record may be padding, or zeros of its value: then nothing was torn
+        while held < len(pairs) and not any(whole[cut:ends[held + 1]]):
+            held += 1
+        with logkv.open(path) as db:
+            assert dict(db) == dict(pairs[:held]), cut
+            assert db.stats()["recovery"]["cut_bytes"] <= max(0, cut - ends[held])
+            db["new"] = "record"
+            db["key 0"] = "overwritten"
+        os.unlink(os.path.join(path, "index"))
+        with logkv.open(path) as db:
+            assert dict(db) == {**dict(pairs[:held]), b"new": b"record", b"key 0": b"overwritten"}, cut
+        shutil.rmtree(path)
+
+
+def test_a_file_cut_short(tmp_path: Path) -> None:
+    """Truncated, not zeroed: as a copy that was interrupted leaves it."""
+    source, path = str(tmp_path / "source"), str(tmp_path / "cut")
+    with logkv.open(source) as db:
+        for i in range(5):
+            db[str(i)] = "x" * 50
+    whole = segments(source)[0].read_bytes()
+    for cut in [0, 1, 63, 64, 65, 100, 150, 300, log_end(source) - 56]:
+        shutil.copytree(source, path)
+        os.truncate(segments(path)[0], cut)
+        for name in ("index", "control"):
+            os.unlink(os.path.join(path, name))
+        with logkv.open(path) as db:
+            assert list(db) == [str(i).encode() for i in range(len(db))] or len(db) < 5
+            db["new"] = "y"
+        with logkv.open(path, "r") as db:
+            assert db["new"] == b"y"
+        shutil.rmtree(path)
+    assert segments(source)[0].read_bytes() == whole
+
+
+def test_garbage_behind_the_end_is_cut_and_stays_away(path: str) -> None:
+    """A bad record with an intact one behind it: cut; then a new one of equal length; the old one must not come back."""
+    with logkv.open(path) as db:
+        db["a"] = "1" * 44
+        db["b"] = "2" * 44
+        end = log_end(path)
+        db["c"] = "3" * 44
+    image = bytearray(segments(path)[0].read_bytes())
+    first = 64 + 72
+    image[first + 30] ^= 1              # the second record's value
+    image[end + 72:] = bytes(len(image) - end - 72)      # and no sync mark behind
+    segments(path)[0].write_bytes(image)
+    for name in ("index", "control"):
+        os.unlink(os.path.join(path, name))
+    with logkv.open(path) as db:
+        assert dict(db) == {b"a": b"1" * 44}
+        assert db.stats()["recovery"]["cut_bytes"] > 100 and len(db.stats()["cuts"]) == 1
+        db["d"] = "4" * 44
+    assert os.listdir(os.path.join(path, "lost+found"))
+    os.unlink(os.path.join(path, "index"))
+    with logkv.open(path) as db:
+        assert dict(db) == {b"a": b"1" * 44, b"d": b"4" * 44}
+
+
+# -- by trust, by rebuild: all ways agree ------------------------------------------------------------------------
+
+
+def churn(seed: int, count: int) -> Callable[[logkv.Store], None]:
+    def work(db: logkv.Store) -> None:
+        rnd = random.Random(seed)
+        for _ in range(count):
+            key = b"%d" % rnd.randrange(700)
+            if rnd.random() < 0.25:
+                db.delete(key)
+            else:
+                db[key] = rnd.randbytes(rnd.choice([0, 5, 300]))
+    return work
+
+
+def churned(seed: int, count: int) -> dict[bytes, bytes]:
+    model: dict[bytes, bytes] = {}
+    rnd = random.Random(seed)
+    for _ in range(count):
+        key = b"%d" % rnd.randrange(700)
+        if rnd.random() < 0.25:
+            model.pop(key, None)
+        else:
+            model[key] = rnd.randbytes(rnd.choice([0, 5, 300]))
+    return model
+
+
+@pytest.mark.parametrize("how", ["trusted", "power cut", "no index", "no control", "neither", "copy", "reader"])
+def test_all_ways_to_open_agree(path: str, in_child: RunInChild, how: str) -> None:
+    killed(path, in_child, churn(1, 6_000), segment_size=SEGMENT)
+    expected = churned(1, 6_000)
+    if how == "power cut":
+        power_cut(path)
+    if how in ("no index", "neither"):
+        os.unlink(os.path.join(path, "index"))
+    if how in ("no control", "neither"):
+        os.unlink(os.path.join(path, "control"))
+    if how == "copy":
+        shutil.copytree(path, path + ".copy")
+        path += ".copy"
+    if how == "reader":
+        power_cut(path)
+        with logkv.Reader(path) as reader:
+            assert dict(reader) == expected and reader.stats()["index"]["private"]
+            assert len(reader) == len(expected)
+    with logkv.open(path, segment_size=SEGMENT) as db:
+        assert dict(db) == expected and len(db) == len(expected)
+        assert db.stats()["recovery"]["index"] == ("trusted" if how == "trusted" else "rebuilt")
+        live = sum(-(-(20 + len(k) + len(v)) // 8) * 8 for k, v in expected.items())
+        assert db.stats()["live_bytes"] == live
+        db["more"] = "1"
+    with logkv.open(path, "r") as db:
+        assert db == {**expected, b"more": b"1"} and db.stats()["recovery"] == {}
+
+
+def test_a_clean_store_needs_no_rebuild_anywhere(path: str) -> None:
+    """Closed cleanly, an index is believed after a restart and in a copy: its checksums are compared instead."""
+    with logkv.open(path, segment_size=SEGMENT) as db:
+        churn(2, 6_000)(db)
+    power_cut(path)
+    shutil.copytree(path, path + ".copy")
+    for place in (path, path + ".copy"):
+        with logkv.open(place, segment_size=SEGMENT) as db:
+            assert dict(db) == churned(2, 6_000)
+            assert db.stats()["recovery"]["index"] == "clean"
+
+
+def test_a_backup_restored_over_the_store_is_not_believed(path: str) -> None:
+    """`cp -r` under a running writer, and back over the store in the same boot: the index of then, files of now."""
+    with logkv.open(path) as db:
+        for i in range(300):
+            db[f"old {i}"] = "1"
+        shutil.copytree(path, path + ".backup")
+        for i in range(300):
+            db[f"new {i}"] = "2"
+    for name in os.listdir(path + ".backup"):       # over the files, as cp does: inodes stay
+        Path(path, name).write_bytes(Path(path + ".backup", name).read_bytes())
+    with logkv.open(path) as db:
+        assert db.stats()["recovery"]["index"] == "rebuilt"
+        assert dict(db) == {b"old %d" % i: b"1" for i in range(300)}
+
+
+def test_a_hard_linked_store_is_not_believed(path: str, in_child: RunInChild) -> None:
+    killed(path, in_child, churn(3, 500))
+    for name in os.listdir(path):
+        os.link(os.path.join(path, name), os.path.join(os.path.dirname(path), name + ".link"))
+    with logkv.open(path) as db:
+        assert db.stats()["recovery"]["index"] == "rebuilt" and dict(db) == churned(3, 500)
+
+
+@pytest.mark.parametrize("what", ["MANIFEST.tmp", "index.tmp", "0000000099.seg"])
+def test_leftovers_go_and_foreign_files_stay(path: str, what: str) -> None:
+    with logkv.open(path) as db:
+        db["a"] = "1"
+    Path(path, what).write_bytes(segments(path)[0].read_bytes()[:64] if what.endswith("seg") else b"half")
+    Path(path, "0000000098.seg").write_bytes(b"somebody's own file, " * 10)
+    Path(path, "notes.txt").write_text("mine")
+    with logkv.open(path) as db:
+        assert dict(db) == {b"a": b"1"}
+    assert not os.path.exists(os.path.join(path, what))
+    assert Path(path, "notes.txt").read_text() == "mine" and os.path.exists(os.path.join(path, "0000000098.seg"))
+
+
+def test_the_index_deleted_under_an_attached_reader(path: str) -> None:
+    with logkv.open(path) as db:
+        db["a"] = "1"
+    with logkv.Reader(path) as reader:
+        assert reader["a"] == b"1"
+        os.unlink(os.path.join(path, "index"))
+        with logkv.open(path) as db:
+            db["b"] = "2"
+            assert dict(reader) == {b"a": b"1", b"b": b"2"}
+            db.clear()
+            db["c"] = "3"
+            assert dict(reader) == {b"c": b"3"}
+
+
+def test_a_reader_changes_over_to_a_writers_index(path: str, in_child: RunInChild) -> None:
+    """Without an index to trust it builds its own; as soon as a writer has one, it follows that."""
+    killed(path, in_child, churn(4, 2_000))
+    power_cut(path)
+    with logkv.Reader(path) as reader:
+        assert reader.stats()["index"]["private"] and dict(reader) == churned(4, 2_000)
+        with logkv.open(path) as db:
+            db["live"] = "1"
+            assert reader["live"] == b"1" and not reader.stats()["index"]["private"]
+
+
+@pytest.mark.parametrize("keys", [400, 500, 1_700, 1_800, 7_000, 28_000, 130_000, 300_000])
+def test_growth_of_the_index(path: str, keys: int) -> None:
+    """Through all classes of shards and splits, with deletes between; found in the writer, a reader, a rebuild."""
+    with logkv.open(path) as db, logkv.Reader(path) as reader:
+        for i in range(keys):
+            db[i.to_bytes(4, "big")] = b""
+            if i % 5 == 0:
+                del db[(i // 2).to_bytes(4, "big")]
+        gone = {i // 2 for i in range(0, keys, 5)}
+        assert len(db) == len(reader) == keys - len(gone)
+        for i in range(0, keys, max(1, keys // 2_000)):
+            assert (i.to_bytes(4, "big") in db) == (i.to_bytes(4, "big") in reader) == (i not in gone)
+        assert len(set(db)) == len(db)
+        if keys >= 130_000:
+            assert db.stats()["index"]["shards"] == (2 if keys == 300_000 else 1)
+    os.unlink(os.path.join(path, "index"))
+    with logkv.open(path) as db:
+        assert len(db) == keys - len(gone) and len(set(db)) == len(db)
+
+
+def test_deleted_slots_are_reused(path: str) -> None:
+    """A queue: always new keys, always few alive.  The index must not grow without end."""
+    with logkv.open(path) as db:
+        for i in range(60_000):
+            db[i.to_bytes(4, "big")] = b""
+            if i >= 100:
+                assert db.delete((i - 100).to_bytes(4, "big"))
+        assert len(db) == 100 and db.stats()["index_bytes"] <= 256 << 10
+
+
+# -- durability -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sync", ["always", 0.05])
+def test_sync_modes(path: str, sync: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    import time
+
+    calls: list[int] = []
+    real = files.sync_data
+    monkeypatch.setattr(files, "sync_data", lambda fd: (calls.append(fd), real(fd))[1])
+    with logkv.open(path, sync=sync) as db:     # type: ignore[arg-type]
+        calls.clear()
+        for i in range(10):
+            db[str(i)] = "x"
+        if sync == "always":
+            assert len(calls) == 10
+        else:
+            deadline = time.monotonic() + 10
+            while not calls and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert calls
+    with logkv.open(path, "r") as db:
+        assert len(db) == 10
+
+
+def test_threads_share_a_sync(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+    import time
+
+    calls: list[int] = []
+    real = files.sync_data
+
+    def slow(fd: int) -> None:
+        calls.append(fd)
+        time.sleep(0.02)
+        real(fd)
+
+    with logkv.open(path, sync="always") as db:
+        monkeypatch.setattr(files, "sync_data", slow)
+
+        def work(name: int) -> None:
+            for i in range(5):
+                db[f"{name} {i}"] = "x"
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        monkeypatch.undo()
+        assert len(db) == 40 and len(calls) < 25
+
+
+def test_a_failed_sync_poisons_the_writer(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every later write raises, reading goes on; the next writer writes what may be lost again before all else."""
+    db = logkv.open(path)
+    db["durable"] = "1"
+    db.sync()
+    db["later"] = "2"
+    db.delete("durable")
+    db["more"] = "3" * 5000
+
+    def fails(fd: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(files, "sync_data", fails)
+    with pytest.raises(logkv.Error, match="a sync failed .Input/output error."):
+        db.sync()
+    monkeypatch.undo()
+    for call in (lambda: db.put("x", "y"), lambda: db.delete("later"), lambda: db.sync(), lambda: db.clear()):
+        with pytest.raises(logkv.Error, match="a sync failed"):
+            call()
+    expected = {b"later": b"2", b"more": b"3" * 5000}
+    assert dict(db) == expected
+    reader = logkv.Reader(path)
+    db.close()
+    assert dict(reader) == expected
+    synced: list[bytes] = []
+    real = files.sync_data
+    monkeypatch.setattr(files, "sync_data", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}").encode()), real(fd))[1])
+    with logkv.open(path) as db:
+        assert dict(db) == expected == dict(reader)
+        assert len(segments(path)) == 2 and any(b"0000000002.seg" in name for name in synced)
+        db["new"] = "4"
+    os.unlink(os.path.join(path, "index"))
+    with logkv.open(path) as db:
+        assert dict(db) == {**expected, b"new": b"4"}
+    reader.close()
+
+
+# -- damage -----------------------------------------------------------------------------------------------------
+
+
+def flip(file: Path, offset: int) -> None:
+    image = bytearray(file.read_bytes())
+    image[offset] ^= 0x10
+    file.write_bytes(image)
+
+
+def test_a_damaged_record_raises_and_names_its_place(path: str) -> None:
+    with logkv.open(path) as db:
+        for i in range(5):
+            db[str(i)] = "x" * 40
+    flip(segments(path)[0], 64 + 2 * 64 + 30)
+    with logkv.open(path, "r") as db:
+        with pytest.raises(logkv.CorruptionError, match="expected crc32c") as caught:
+            db["2"]
+        assert caught.value.segment == 1 and caught.value.offset == 64 + 2 * 64
+        assert db["1"] == db["3"] == b"x" * 40
+    with logkv.open(path) as db:        # the index is whole: the rest is served, and written
+        db["new"] = "1"
+        assert db["new"] == b"1"
+    os.unlink(os.path.join(path, "index"))
+    for flag in "rw":                   # without it, what else stood there is not known
+        with pytest.raises(logkv.CorruptionError, match="logkv repair") as caught:
+            logkv.open(path, flag)
+        assert caught.value.offset == 64 + 2 * 64 and caught.value.path == str(segments(path)[0])
+
+
+def test_a_damaged_long_value_raises(path: str) -> None:
+    with logkv.open(path) as db:
+        db["long"] = "x" * 10_000
+        db["short"] = "y"
+    flip(segments(path)[0], 64 + 5_000)
+    with logkv.open(path, "r") as db:
+        with pytest.raises(logkv.CorruptionError, match="value checksum"):
+            db["long"]
+        assert "long" in db and db["short"] == b"y"
+        with pytest.raises(logkv.CorruptionError):
+            dict(db)
+
+
+@pytest.mark.parametrize("where", ["key", "value", "version", "length"])
+def test_damage_in_the_newest_record_never_serves_an_older_one(path: str, where: str) -> None:
+    """The index is rebuilt from footers, which do not tell that a record is damaged: its get must raise."""
+    with logkv.open(path, segment_size=SEGMENT) as db:
+        for generation in (b"old", b"new", b"end"):
+            if generation != b"end":
+                db["the key"] = generation * 10
+            for i in range(600):
+                db[b"%s %d" % (generation, i)] = "x" * 80
+    holder = segments(path)[1]
+    at = holder.read_bytes().index(b"the key" + b"new")
+    flip(holder, at + {"key": 3, "value": 10, "version": -10, "length": -16}[where])
+    os.unlink(os.path.join(path, "index"))
+    with logkv.open(path, segment_size=SEGMENT) as db:
+        assert db.stats()["segments"][1]["sealed"] and db.stats()["recovery"]["footers_unreadable"] == 0
+        with pytest.raises(logkv.CorruptionError):
+            db["the key"]
+        assert len(db) == 1801 and db["old 0"] == db["end 599"] == b"x" * 80
+
+
+def test_a_damaged_footer_falls_back_to_the_scan(path: str) -> None:
+    with logkv.open(path, segment_size=SEGMENT) as db:
+        churn(5, 6_000)(db)
+    with logkv.open(path, segment_size=SEGMENT) as db:
+        first = db.stats()["segments"][0]
+        assert first["sealed"]
+    flip(segments(path)[0], segments(path)[0].stat().st_size - 20)
+    os.unlink(os.path.join(path, "index"))
+    with logkv.open(path, segment_size=SEGMENT) as db:
+        assert dict(db) == churned(5, 6_000)
+        assert db.stats()["recovery"]["footers_unreadable"] == 1
+
+
+@pytest.mark.parametrize("flag", "rw")
+def test_a_damaged_shard_is_rebuilt(path: str, flag: str) -> None:
+    with logkv.open(path) as db:
+        churn(6, 3_000)(db)
+    flip(Path(path, "index"), 3 * 4096 + 100)
+    with logkv.open(path, flag) as db:
+        assert dict(db) == churned(6, 3_000) and len(db) == len(churned(6, 3_000))
+
+
+def test_a_damaged_manifest(path: str) -> None:
+    with logkv.open(path) as db:
+        db["a"] = "1"
+    flip(Path(path, "MANIFEST"), 100)
+    for flag in "rwcn":
+        with pytest.raises(logkv.CorruptionError, match="checksum"):
+            logkv.open(path, flag)
+
+
+def test_a_missing_segment(path: str) -> None:
+    with logkv.open(path, segment_size=SEGMENT) as db:
+        churn(7, 3_000)(db)
+    os.unlink(segments(path)[0])
+    with logkv.open(path, "r") as db, pytest.raises(logkv.CorruptionError, match="missing"):
+        dict(db)
+
+
+# -- steps in the background ------------------------------------------------------------------------------------
+
+
+def test_sealing_on_the_thread_and_in_line_agree(tmp_path: Path) -> None:
+    """Files are the same but for what is random or timed."""
+    sealed = []
+    for background in (True, False):
+        path = str(tmp_path / str(background))
+        engine = _acquire_writer(path, "c", 0o666, Options(segment_size=SEGMENT, background=background), 0)
+        assert isinstance(engine, Writing)
+        db = Store.__new__(Store)
+        db._hold(engine, path)
+        churn(8, 5_000)(db)
+        assert dict(db) == churned(8, 5_000) and engine.problem is None
+        db.close()
+        with logkv.open(path, segment_size=SEGMENT) as again:
+            sealed.append([s["sealed"] for s in again.stats()["segments"]][:-2])
+    assert sealed[0] == sealed[1] and all(sealed[0]) and len(sealed[0]) > 5
+
+
+def test_a_put_waits_for_sealing_and_gets_its_error(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No room for a footer: the segment stays unsealed and whole; with room again, all goes on."""
+    with logkv.open(path, segment_size=SEGMENT) as db:
+        real = files.allocate
+
+        def full(fd: int, size: int, *, whole: bool = False) -> None:
+            if size > SEGMENT:
+                raise OSError(28, "No space left on device")
+            real(fd, size, whole=whole)
+
+        monkeypatch.setattr(files, "allocate", full)
+        with pytest.raises(logkv.Error, match="No space left"):
+            for i in range(5_000):
+                db[f"key {i}"] = "x" * 60
+        count = len(db)
+        assert count > 600 and f"key {count}" not in db
+        monkeypatch.undo()
+        db["after"] = "1"
+        for i in range(2_000):
+            db[f"key {i}"] = "y" * 60
+    with logkv.open(path, "r") as db:
+        assert db["after"] == b"1" and db["key 0"] == b"y" * 60
