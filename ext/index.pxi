@@ -410,6 +410,8 @@ def index_pages(uint64_t expected) -> int:
 
 
 cdef int take_index(Log log, uint8_t *base, uint64_t mapped, uint64_t pages, bint private) except -1:
+    if log.index.base != NULL:
+        log.unmap(<size_t> log.index.base)
     log.index.base = base
     log.index.header = <index_header *> base
     log.index.mapped = mapped
@@ -457,54 +459,64 @@ def create_index(Log log, fd, uint64_t expected, uint64_t epoch, uint64_t nonce)
 
 def attach_index(Log log, int fd, uint64_t size, uint64_t epoch, uint64_t nonce, bint clean) -> str | None:
     """Maps an existing index of `size` bytes.  Returns why it is not to be believed, or None."""
-    cdef uint64_t mapped, i, last = 0, word, entry, pages = size // PAGE_BYTES
-    cdef uint64_t *directory
-    cdef index_header *header
-    cdef unsigned depth
-    cdef uint64_t unchecked = 0
+    cdef uint64_t mapped, pages = size // PAGE_BYTES, unchecked = 0
+    cdef uint8_t *checked
     if pages < 3:
         return f"{size} bytes are too few"
-    cdef uint8_t *base = log.map_file(fd, max(INDEX_RESERVE, 4 * size), size, &mapped)
-    header = <index_header *> base
+    checked = <uint8_t *> calloc(pages, 1)
+    if checked == NULL:
+        raise MemoryError()
+    try:
+        base = log.map_file(fd, max(INDEX_RESERVE, 4 * size), size, &mapped)
+    except BaseException:
+        free(checked)
+        raise
+    problem = why_not(log, base, pages, epoch, nonce, clean, checked, &unchecked)
+    if problem is not None:
+        free(checked)
+        log.unmap(<size_t> base)
+        return problem
+    take_index(log, base, mapped, pages, False)
+    if unchecked:
+        log.index.checked, log.index.checked_pages = checked, pages
+    else:
+        free(checked)
+    return None
+
+
+cdef str why_not(Log log, uint8_t *base, uint64_t pages, uint64_t epoch, uint64_t nonce, bint clean, uint8_t *checked,
+                 uint64_t *unchecked):
+    """What is wrong with an index, or None; counts the shards whose checksums are still to be compared."""
+    cdef index_header *header = <index_header *> base
+    cdef uint64_t word = atomic_load(&header.directory), i, entry, last = 0
+    cdef unsigned depth = DIRECTORY_DEPTH(word)
+    cdef uint64_t *directory
     if memcmp(header.magic, INDEX_MAGIC, 8):
-        return "no index's first bytes"
+        return "its first bytes are not an index's"
     if header.format != FORMAT_VERSION:
-        return f"format {header.format}, expected {FORMAT_VERSION}"
+        return f"it has format {header.format}, expected {FORMAT_VERSION}"
     if header.identity != log.identity or header.epoch != epoch or header.nonce != nonce:
         return "it belongs to another store or another time of this one"
     if header.pages > pages:
         return f"{header.pages} pages expected, {pages} found"
-    word = atomic_load(&header.directory)
-    depth = DIRECTORY_DEPTH(word)
     if depth > DIRECTORY_DEPTH_MAX or DIRECTORY_PAGE(word) + directory_pages(depth) > pages:
         return "its directory is out of bounds"
     if clean and (header.clean_directory != word or header.crc != index_crc(base)):
         return "its directory fails the checksum"
-    take_index(log, base, mapped, pages, False)
     directory = <uint64_t *> (base + DIRECTORY_PAGE(word) * PAGE_BYTES)
-    cdef uint8_t *checked = <uint8_t *> calloc(pages, 1)
-    if checked == NULL:
-        raise MemoryError()
     for i in range(<uint64_t> 1 << depth):
         entry = atomic_load(directory + i)
         if entry == last:
             continue
         last = entry
         if ENTRY_CLASS(entry) >= SHARD_CLASSES or ENTRY_PAGE(entry) + SHARD_PAGES[ENTRY_CLASS(entry)] > pages:
-            free(checked)
             return "a shard is out of bounds"
         if (<shard_header *> (base + ENTRY_PAGE(entry) * PAGE_BYTES)).intact:
-            unchecked += 1
+            unchecked[0] += 1
         elif clean:
-            free(checked)
             return "a shard was changed after its checksum was made"
         else:
             checked[ENTRY_PAGE(entry)] = 1
-    if unchecked:
-        log.index.checked = checked
-        log.index.checked_pages = pages
-    else:
-        free(checked)
     return None
 
 
@@ -525,8 +537,6 @@ cdef bint check_shard(Log log, uint64_t page) except -1:
     """At a shard's first use: compares its checksum, unless a writer has changed it since."""
     cdef uint8_t *shard = log.index.base + page * PAGE_BYTES
     cdef shard_header *header = <shard_header *> shard
-    cdef bint good
-    cdef uint64_t word, entry
     if header.intact and header.crc != shard_crc(shard):
         atomic_fence()
         if header.intact:
@@ -560,24 +570,15 @@ def extend_index(Log log, fd, uint64_t pages) -> None:
             mapped = 2 * pages * PAGE_BYTES
             base = log.map_memory(mapped)
             memcpy(base, ix.base, ix.pages * PAGE_BYTES)
-            unmap(log, ix.base)
         else:
             base = log.map_file(fd, 4 * pages * PAGE_BYTES, pages * PAGE_BYTES, &mapped)
+        log.unmap(<size_t> ix.base)
         ix.base = base
         ix.header = <index_header *> base
         ix.mapped = mapped
     ix.pages = pages
     if log.writable or ix.private:
         ix.header.pages = pages
-
-
-cdef int unmap(Log log, uint8_t *base) except -1:
-    for i, (address, length) in enumerate(log.mappings):
-        if address == <size_t> base:
-            munmap(<void *> base, length)
-            del log.mappings[i]
-            break
-    return 0
 
 
 def index_nonce(Log log) -> int:

@@ -54,7 +54,8 @@ cdef class Log:
         uint64_t trouble            # the location, or the number of pages, that a status is about
         int trouble_status          # of record_unpack
         uint32_t trouble_expected, trouble_found
-        object mappings             # [(address, length)] to be unmapped at the end
+        list mappings               # (address, length), to be unmapped at the end
+        dict segments               # first chunk: (address, length, chunks) of those mapped
         public str poisoned         # why every write is refused; None: it is not
         readonly bint eager         # every write is followed by owner._after_write()
         uint64_t unsynced_since     # version of the first write after the last sync, 0: none
@@ -66,6 +67,7 @@ cdef class Log:
         self.identity = identity
         self.writable = writable
         self.mappings = []
+        self.segments = {}
         memcpy(self.seed, PyBytes_AS_STRING(seed), 16)
         self.control = &self.own
         self.chunks = <Chunk *> self.map_memory(CHUNK_COUNT * sizeof(Chunk))
@@ -125,12 +127,12 @@ cdef class Log:
 
         Raises FormatError if its header asks for features that this version does not have.
         """
-        cdef uint64_t mapped, first, wanted, i, run = (capacity + CHUNK_BYTES - 1) >> CHUNK_SHIFT
+        cdef uint64_t mapped, wanted, i, run = (capacity + CHUNK_BYTES - 1) >> CHUNK_SHIFT
         cdef Chunk *entry = &self.chunks[chunk]
         cdef segment_header *header
         if chunk + run > CHUNK_COUNT:
             raise FormatError(f"segment {number} lies beyond the end of the location space (chunk {chunk} of {CHUNK_COUNT})")
-        if entry.base != NULL and (entry.limit >= size or self.mapped_length(<size_t> entry.base) >= size):
+        if entry.base != NULL and self.segments[chunk][1] >= size:
             for i in range(run):
                 entry[i].limit = max(entry[i].limit, size)
             return
@@ -152,6 +154,22 @@ cdef class Log:
             entry[i].limit = min(size, mapped)
             entry[i].origin = chunk << CHUNK_UNIT_SHIFT
             entry[i].salt = salt
+        self.segments[chunk] = (<size_t> base, mapped, run)
+
+    def forget_segments(self) -> None:
+        """The store was cleared: lets all segments go, so that their space comes back."""
+        for chunk, (address, length, run) in self.segments.items():
+            memset(&self.chunks[chunk], 0, run * sizeof(Chunk))
+            self.unmap(address)
+        self.segments.clear()
+
+    cdef int unmap(self, size_t address) except -1:
+        for i, (start, length) in enumerate(self.mappings):
+            if start == address:
+                munmap(<void *> address, length)
+                del self.mappings[i]
+                break
+        return 0
 
     def mapped(self, uint64_t chunk) -> int:
         """Bytes that are readable of the segment at this chunk."""
@@ -161,12 +179,6 @@ cdef class Log:
     def index_is_private(self) -> bool:
         """Whether the index is one of this process's own."""
         return self.index.private
-
-    cdef uint64_t mapped_length(self, size_t address):
-        for start, length in self.mappings:
-            if start == address:
-                return length
-        return 0
 
     # -- control page -----------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 cdef struct Scan:
     const uint8_t *base     # of the segment
     uint64_t origin, offset, stop, version
-    uint64_t populated
+    uint64_t populated, step
     uint32_t salt
 
 
@@ -16,7 +16,7 @@ cdef enum:
     BATCH = 32
 
 
-cdef uint64_t SCAN_STEP = 4 << 20
+cdef uint64_t SCAN_FIRST = 16 << 10, SCAN_STEP = 4 << 20       # pages made present at a time
 
 
 cdef int begin_scan(Log log, Scan *s, uint64_t chunk, uint64_t start, uint64_t stop, uint64_t version) except -1:
@@ -30,6 +30,7 @@ cdef int begin_scan(Log log, Scan *s, uint64_t chunk, uint64_t start, uint64_t s
     s.stop = min(stop, entry.limit)
     s.version = version
     s.populated = start
+    s.step = SCAN_FIRST
     return 0
 
 
@@ -39,7 +40,8 @@ cdef inline int next_record(Scan *s, record_view *r) noexcept nogil:
     if s.offset >= s.stop:
         return SCAN_STOP
     if s.offset >= s.populated:     # a page that the device cannot read is an error here, not a SIGBUS
-        s.populated = min(s.offset + SCAN_STEP, s.stop)
+        s.populated = min(s.offset + s.step, s.stop)
+        s.step = min(4 * s.step, SCAN_STEP)
         if populate(<uint8_t *> s.base + s.offset, s.populated - s.offset, False):
             return SCAN_IO_ERROR
     status = record_unpack(r, s.base + s.offset, s.stop - s.offset, s.salt, s.offset, True)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 from logkv import _core, files, manifest, recovery
@@ -21,15 +22,15 @@ class Engine:
     Follows a live writer in any process.  Without an index to trust it builds one of its own in memory.
     """
 
-    writable = False
-
-    def __init__(self, directory: files.Directory) -> None:
+    def __init__(self, directory: files.Directory, *, writable: bool = False) -> None:
         """Takes the directory over; it is closed with the engine, also when this raises."""
         self.directory = directory
+        self.writable = writable
         self.users = 0
         self.log: _core.Log
         self.recovered: dict[str, Any] = {}
         self._control_fd = -1
+        self._epoch = 0
         try:
             self._open()
         except BaseException:
@@ -40,6 +41,7 @@ class Engine:
 
     def _open(self) -> None:
         self.manifest = self._read_manifest()
+        self._epoch = self.manifest.epoch
         self.log = _core.Log(self, self.manifest.identity, self.manifest.seed, False)
         self._map_control()
         self._take_index()
@@ -74,9 +76,13 @@ class Engine:
             self.manifest, instance = found
             trust = recovery.trust(self.directory, self.log, self._control_fd, instance)
             if trust.index:
+                epoch = self.manifest.epoch
                 problem = self._attach_index(trust.clean, nonce)
                 if problem is None:
                     self.log.use_shared_state(nonce)
+                    if epoch != self._epoch:
+                        self.log.forget_segments()
+                        self._epoch = epoch
                     return
                 why = problem
             else:
@@ -131,7 +137,7 @@ class Engine:
         self.release()
 
     def after_fork(self) -> None:
-        """In the child: what only the parent may go on with."""
+        """In the child: what only the parent may go on with is let go."""
 
     # -- what the log asks for --------------------------------------------------------------------------
 
@@ -163,15 +169,30 @@ class Engine:
     def _map_location(self, location: int) -> bool:
         """Maps the segment of a location, or more of it; False if there is no more."""
         chunk = location >> _core.CHUNK_UNITS
+        before = self.log.mapped(chunk)
         segment = self.manifest.segment_at(chunk)
-        if segment is None and not self.writable:
+        for attempt in range(ATTEMPTS):
+            if segment is not None and (self.writable or self._exists(segment)):
+                self.map_segment(segment)
+                return self.log.mapped(chunk) > before
+            if self.writable:
+                return False
+            if self.log.shared_nonce != self.log.nonce:     # the store was cleared
+                self._index_changed()
+                return True
             self.manifest = self._read_manifest()
             segment = self.manifest.segment_at(chunk)
-        if segment is None:
+            time.sleep(0.001 if attempt else 0)
+        if segment is not None:
+            self.map_segment(segment)       # says what is missing
+        return False
+
+    def _exists(self, segment: Segment) -> bool:
+        try:
+            self.directory.stat(segment.name)
+        except FileNotFoundError:
             return False
-        before = self.log.mapped(segment.chunk)
-        self.map_segment(segment)
-        return self.log.mapped(segment.chunk) > before
+        return True
 
     def _index_changed(self) -> None:
         """The control page names another index than ours: take it, if it is whole."""

@@ -186,7 +186,10 @@ def allocate(fd: int, size: int, *, whole: bool = False) -> None:
 
     `whole`: what it has already too, for a copy may have left holes where zeros were.
     """
-    have = 0 if whole else os.fstat(fd).st_size
+    status = os.fstat(fd)
+    have = status.st_size
+    if whole and status.st_blocks * 512 < have:
+        have = 0
     if size > have:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(fd, have, size - have)

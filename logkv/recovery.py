@@ -72,10 +72,11 @@ class Tail:
     abandoned: list[Segment] | None = None    # segments that begin beyond the end
 
 
-def walk(engine: Engine, segment: Segment, start: int, version: int) -> Tail:
+def walk(engine: Engine, segment: Segment, start: int, version: int, *, trusted: bool = False) -> Tail:
     """Replays the log from a place on, through all segments that follow, to its end.
 
-    Raises CorruptionError if a record is damaged that a sync is known to have covered.
+    Raises CorruptionError if a record is damaged that a sync is known to have covered: behind an end that is
+    `trusted`, because the index with it is, there is nothing to be known.
     """
     log = engine.log
     segments = engine.manifest.segments
@@ -100,7 +101,7 @@ def walk(engine: Engine, segment: Segment, start: int, version: int) -> Tail:
         rest = segments[at + 1:]
         if segment.end is not None and end != stop:
             raise _damage(engine, segment, end, reason)
-        for behind in [segment, *rest]:
+        for behind in [] if trusted else [segment, *rest]:
             mark = _core.find_mark(log, behind.chunk, end if behind is segment else START, version)
             if mark is not None and mark > (segment.number, end):
                 raise _damage(engine, segment, end, reason)

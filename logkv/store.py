@@ -50,7 +50,7 @@ def _acquire_writer(path: str, flag: str, mode: int, options: Options, timeout: 
         engine = _engines.get(key)
         if engine is None:
             engine = _engines[key] = Writing(directory, options, create=flag in "cn", timeout=timeout)
-            if flag == "n" and engine.manifest.generation > 2:
+            if flag == "n" and not engine.created:
                 engine.clear()
         else:
             directory.close()

@@ -5,6 +5,7 @@ The order of the steps is what survives a crash; docs/how-it-works.md says why e
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import threading
@@ -53,8 +54,6 @@ class Writing(Engine):
     Locks are taken in the order `_seal_lock`, `_sync_lock`, `_lock`; a put's fast path takes none of them.
     """
 
-    writable = True
-
     def __init__(self, directory: files.Directory, options: Options, *, create: bool, timeout: float) -> None:
         self.options = options
         self._create_missing = create
@@ -67,20 +66,20 @@ class Writing(Engine):
         self._synced_version: int | None = None  # all up to here is on the device; None: not known
         self._worker = Worker(self)
         self.problem: BaseException | None = None   # the last failure on the background thread
-        super().__init__(directory)
+        self.created = False                    # there was no store before
+        super().__init__(directory, writable=True)
 
     # -- opening ----------------------------------------------------------------------------------------
 
     def _open(self) -> None:
         began = time.perf_counter()
         with files.full_disk_is_an_error(self.directory.path, "open the store"):
+            self._look()                # what is refused is not touched, not even by a lock
             self._lock_fd = files.lock(self.directory, self._timeout)
-            found = manifest.read(self.directory, writable=True)
+            found = self._look()
             if found is None:
-                if not self._create_missing:
-                    raise no_store(self.directory)
                 self._create()
-                found = manifest.read(self.directory, writable=True)
+                found = self._look()
                 assert found is not None
             self.manifest, instance = found
             self.log = _core.Log(self, self.manifest.identity, self.manifest.seed, True)
@@ -93,11 +92,18 @@ class Writing(Engine):
         self.recovered.setdefault("seconds", time.perf_counter() - began)
         self._request_sealing()
 
+    def _look(self) -> tuple[Manifest, Instance] | None:
+        """The MANIFEST, or None where a store may be created; raises for anything else."""
+        found = manifest.read(self.directory, writable=True)
+        if found is None:
+            problem = no_store(self.directory)
+            if not (self._create_missing and isinstance(problem, NotFoundError)):
+                raise problem
+        return found
+
     def _create(self) -> None:
         """A new store in an empty directory, or in one where that was begun before: the MANIFEST comes last."""
-        problem = no_store(self.directory)
-        if not isinstance(problem, NotFoundError):
-            raise problem
+        self.created = True
         for name in self.directory.names():
             if name not in (files.LOCK, files.CONTROL):
                 self.directory.unlink(name)
@@ -110,6 +116,7 @@ class Writing(Engine):
 
     def _create_segment(self, current: Manifest, segment: Segment, records: bytes = b"") -> None:
         """A segment's file, on the device with its header, before any MANIFEST names it."""
+        self._close_fd(segment)
         self.directory.unlink(segment.name)
         fd = self.directory.open(segment.name, writable=True, create=True, exclusive=True)
         self._fds[segment.number] = fd
@@ -144,6 +151,8 @@ class Writing(Engine):
         """Goes on with the index that is there, and replays what it may lack; None if it is not right after all."""
         nonce = self.log.shared_nonce
         problem = self._attach_index(trust.clean, nonce)
+        if problem is None:
+            files.allocate(self._index_fd, os.fstat(self._index_fd).st_size, whole=True)
         number, end, version = self.log.restore_state()
         segment = self.manifest.segment_numbered(number)
         if problem is None and (segment is None or segment.sealed):
@@ -160,7 +169,7 @@ class Writing(Engine):
         _core.adopt_last(self.log, segment.chunk)
         number, end, version = self.log.restore_state()
         self.recovered = {"index": "clean" if trust.clean else "trusted", "cut_bytes": 0}
-        return recovery.walk(self, segment, end, version)
+        return recovery.walk(self, segment, end, version, trusted=True)
 
     def _rebuild(self, why: str) -> recovery.Tail:
         """A new index from the log, in a file of its own until it is whole."""
@@ -221,7 +230,7 @@ class Writing(Engine):
         if self.recovered["index"] == "rebuilt":
             self._vouch_index(_core.index_nonce(self.log))
             self.directory.sync()
-            self.log.note_durable(tail.segment.number, tail.end if not any(self._full_segments()) else START)
+            self.log.note_durable(next(s.number for s in current.segments if not s.sealed), START)
             self.log.note_sync_failure(0)
         elif self.recovered["index"] == "clean":
             self._synced_version = tail.version
@@ -236,6 +245,16 @@ class Writing(Engine):
             self._fds[segment.number] = self.directory.open(segment.name, writable=True)
         return self._fds[segment.number]
 
+    def _close_fd(self, segment: Segment) -> None:
+        fd = self._fds.pop(segment.number, -1)
+        if fd >= 0:
+            os.close(fd)
+
+    def _drop(self, segment: Segment) -> None:
+        """Removes a segment that no MANIFEST names any more."""
+        self._close_fd(segment)
+        self.directory.unlink(segment.name)
+
     def _keep_index(self, fd: int) -> None:
         if self._index_fd >= 0:
             os.close(self._index_fd)
@@ -249,7 +268,12 @@ class Writing(Engine):
         new.last_version = max(new.last_version, self.log.state["version"])
         inode = manifest.write_next(self.directory, new)
         self.log.note_manifest(True, new.generation, inode, 0)
-        self._vouch_manifest(Instance(new.generation, inode, manifest.adopt_next(self.directory)))
+        try:
+            ctime = manifest.adopt_next(self.directory)
+        except OSError as problem:      # which of the two is in force after a power cut is not known any more
+            self._poison(problem)
+            raise Error(problem.errno, self.log.poisoned) from problem
+        self._vouch_manifest(Instance(new.generation, inode, ctime))
         self.manifest = new
 
     def _vouch_manifest(self, instance: Instance) -> None:
@@ -284,8 +308,14 @@ class Writing(Engine):
 
     def _grow_file(self, needed: int) -> None:
         fd = self._fds[self._active.number]
-        size = file_step(os.fstat(fd).st_size, self._active.capacity, needed)
-        files.allocate(fd, size)
+        have = os.fstat(fd).st_size
+        try:
+            files.allocate(fd, file_step(have, self._active.capacity, needed))
+        except OSError as problem:
+            if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            files.allocate(fd, -(-needed // _core.PAGE) * _core.PAGE)   # less may still fit
+        size = os.fstat(fd).st_size
         self.map_segment(self._active, size)
         _core.set_allocated(self.log, self._active.chunk, min(size, self._active.capacity))
 
@@ -318,10 +348,7 @@ class Writing(Engine):
             self._create_segment(new, segment)
             self._write_manifest(new)
             if old is not None:
-                fd = self._fds.pop(old.number, -1)
-                if fd >= 0:
-                    os.close(fd)
-                self.directory.unlink(old.name)
+                self._drop(old)
 
     def _rotate(self, need: int) -> None:
         """Goes on in the successor.  Called with the lock held and nothing left to seal."""
@@ -373,7 +400,7 @@ class Writing(Engine):
                 sealed.sealed, sealed.end, sealed.records = True, end, records
                 sealed.first_version, sealed.last_version = first, last
                 self._write_manifest(new)
-                os.close(self._fds.pop(segment.number))
+                self._close_fd(segment)
 
     # -- the device -------------------------------------------------------------------------------------
 
@@ -401,6 +428,8 @@ class Writing(Engine):
                 marked = self.log.state["version"] == covered
                 _core.append_mark(self.log, number, end)
                 self._synced_version = self.log.state["version"] if marked else covered
+            if not marked:
+                self._flush_later()         # writes came in meanwhile
 
     def _sync_fd(self, fd: int) -> None:
         try:
@@ -421,7 +450,12 @@ class Writing(Engine):
         """A write that must not stay unsynced for long."""
         if wait:
             self._sync_to(self.log.state["version"])
-        elif self.options.background and not isinstance(self.options.sync, str):
+        else:
+            self._flush_later()
+
+    def _flush_later(self) -> None:
+        """The flush begins at half of the seconds that a write may stay unsynced."""
+        if self.options.background and not isinstance(self.options.sync, str):
             self._worker.call_later(self.options.sync / 2, self.sync)
 
     def _rescue(self, tail: recovery.Tail) -> recovery.Tail:
@@ -452,10 +486,7 @@ class Writing(Engine):
         self._create_segment(new, copy, records)
         self._write_manifest(new)
         for old in segments[at + 1:]:
-            fd = self._fds.pop(old.number, -1)
-            if fd >= 0:
-                os.close(fd)
-            self.directory.unlink(old.name)
+            self._drop(old)
         self.log.note_sync_failure(0)
         return self._rebuild("a sync had failed")
 
@@ -485,6 +516,7 @@ class Writing(Engine):
             self.directory.rename(files.INDEX_NEXT, files.INDEX)
             self._keep_index(index_fd)
             _core.create_index(self.log, index_fd, 0, new.epoch, secrets.randbits(63) + 1)
+            self.log.forget_segments()
             self.log.reset_state()
             self._set_active(segment, os.fstat(self._fds[segment.number]).st_size, START + len(records))
             self.log.settle_state(segment.number, START + len(records), version, len(records))
@@ -492,10 +524,7 @@ class Writing(Engine):
             self.log.note_durable(segment.number, START + len(records))
             self._synced_version = version
             for gone in old:
-                fd = self._fds.pop(gone.number, -1)
-                if fd >= 0:
-                    os.close(fd)
-                self.directory.unlink(gone.name)
+                self._drop(gone)
             self.directory.sync()
 
     # -- the index's file -------------------------------------------------------------------------------
@@ -556,6 +585,7 @@ class Writing(Engine):
 
     def after_fork(self) -> None:
         """The child reads on; the lock stays the parent's alone."""
+        self.writable = False
         os.close(self._lock_fd)
         self._lock_fd = -1
         self.log.become_reader()

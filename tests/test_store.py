@@ -224,7 +224,7 @@ def test_a_foreign_directory_is_refused(tmp_path: Path, flag: str) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(logkv.FormatError, match="notes.txt"):
         logkv.open(tmp_path, flag)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert os.listdir(tmp_path) == ["notes.txt"] and (tmp_path / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("flag", "rwcn")
@@ -242,11 +242,11 @@ def test_a_newer_format_is_refused_and_not_touched(path: str) -> None:
         db["a"] = "1"
     file = Path(path, "MANIFEST")
     file.write_bytes(file.read_bytes().replace(b"LogKV MANIFEST 0", b"LogKV MANIFEST 7"))
-    before = {name: Path(path, name).read_bytes() for name in os.listdir(path) if name != "LOCK"}
+    before = {name: Path(path, name).read_bytes() for name in os.listdir(path)}
     for flag in "rwcn":
         with pytest.raises(logkv.FormatError, match="format 7"):
             logkv.open(path, flag)
-    assert {name: Path(path, name).read_bytes() for name in os.listdir(path) if name != "LOCK"} == before
+    assert {name: Path(path, name).read_bytes() for name in os.listdir(path)} == before
 
 
 def test_a_missing_parent(tmp_path: Path) -> None:
@@ -404,6 +404,31 @@ def test_the_child_of_a_fork_reads(path: str, in_child: Callable[[Callable[[], N
         assert in_child(child) == 0
         db["b"] = "2"
         assert dict(db) == {b"a": b"1", b"b": b"2"}
+
+
+def test_the_child_of_a_fork_follows_its_parent(path: str) -> None:
+    """Through rotations, growth of the index and clear(), as any reader."""
+    with logkv.open(path, segment_size=65_536) as db:
+        go, ready = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.read(go, 1)
+                good = len(db) == 3_000 and all(db[str(i)] == b"x" * 100 for i in range(3_000))
+                os.read(go, 1)
+                os._exit(0 if good and dict(db) == {b"after": b"clear"} else 1)
+            finally:
+                os._exit(2)
+        for i in range(3_000):
+            db[str(i)] = "x" * 100
+        os.write(ready, b".")
+        time.sleep(0.2)
+        db.clear()
+        db["after"] = "clear"
+        os.write(ready, b".")
+        assert os.waitpid(pid, 0)[1] == 0
+        os.close(go)
+        os.close(ready)
 
 
 def test_a_dropped_writer_warns_and_lets_go(path: str) -> None:
