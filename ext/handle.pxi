@@ -31,11 +31,12 @@ cdef inline int find(Log log, Bytes key, Probe *p) except -1:
     """FOUND or MISSING, by one probe of the index and one look at the record."""
     cdef uint64_t h
     cdef int status
-    current(log)
     if key.size > KEY_MAX:
+        current(log)
         return MISSING
-    h = siphash13(log.seed, key.data, key.size)
     while True:
+        current(log)
+        h = siphash13(log.seed, key.data, key.size)
         status = probe(log, key.data, key.size, h, 0, p, False)
         if status >= 0:
             return status
@@ -191,8 +192,8 @@ cdef class StoreIterator:
         cdef Bytes key
         cdef uint64_t location
         cdef int status
-        current(self.log)
         while True:
+            current(self.log)
             if self.at == self.count:
                 if self.last:
                     raise StopIteration
@@ -230,6 +231,7 @@ cdef class StoreIterator:
         cdef size_t room
         cdef int status
         while True:
+            current(self.log)
             self.seq = atomic_load(&self.log.control.seq)
             status = find_entry(self.log, self.cursor, &word, &entry)
             if status < 0:

@@ -56,7 +56,8 @@ cdef class Log:
         uint32_t trouble_expected, trouble_found
         list mappings               # (address, length), to be unmapped at the end
         dict segments               # first chunk: (address, length, chunks) of those mapped
-        public str poisoned         # why every write is refused; None: it is not
+        readonly str poisoned       # why every write is refused since a sync failed, or None
+        bint refusing               # writes: poisoned, closing, closed, or only reading
         readonly bint eager         # every write is followed by owner._after_write()
         uint64_t unsynced_since     # version of the first write after the last sync, 0: none
         uint64_t patience           # ns after which a write waits for the flush, 0: never
@@ -66,6 +67,7 @@ cdef class Log:
         self.owner = owner
         self.identity = identity
         self.writable = writable
+        self.refusing = not writable
         self.mappings = []
         self.segments = {}
         memcpy(self.seed, PyBytes_AS_STRING(seed), 16)
@@ -76,7 +78,7 @@ cdef class Log:
         self.release()
 
     cdef void release(self):
-        self.closed = True
+        self.closed = self.refusing = True
         self.writable = False
         self.chunks = NULL
         self.shared = NULL
@@ -99,10 +101,23 @@ cdef class Log:
     def become_reader(self) -> None:
         """From here on nothing is written: in the child of a fork."""
         self.writable = False
+        self.refusing = True
+
+    def stop_writes(self, str poisoned=None) -> None:
+        """Refuses every later write: because a sync failed, `poisoned` says how, or because the store is closing."""
+        self.refusing = True
+        if poisoned is not None:
+            self.poisoned = poisoned
+
+    cdef int check_open(self) except -1:
+        if self.closed:
+            raise ClosedError("the store is closed")
+        return 0
 
     # -- mappings ---------------------------------------------------------------------------------------
 
     cdef uint8_t *map_memory(self, uint64_t length) except NULL:
+        self.check_open()
         cdef void *p = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
         if p == MAP_FAILED:
             raise MemoryError(f"cannot reserve {length} bytes: {os.strerror(errno)}")
@@ -112,6 +127,7 @@ cdef class Log:
     cdef uint8_t *map_file(self, int fd, uint64_t wanted, uint64_t needed, uint64_t *mapped) except NULL:
         """Maps `wanted` bytes of a file that may grow, or what is `needed` where address space is short."""
         cdef int protection = PROT_READ | PROT_WRITE if self.writable else PROT_READ
+        self.check_open()
         cdef void *p = mmap(NULL, wanted, protection, MAP_SHARED, fd, 0)
         mapped[0] = wanted
         if p == MAP_FAILED and errno == ENOMEM and needed < wanted:
@@ -127,6 +143,7 @@ cdef class Log:
 
         Raises FormatError if its header asks for features that this version does not have.
         """
+        self.check_open()
         cdef uint64_t mapped, wanted, i, run = (capacity + CHUNK_BYTES - 1) >> CHUNK_SHIFT
         cdef Chunk *entry = &self.chunks[chunk]
         cdef segment_header *header
@@ -370,7 +387,15 @@ cdef inline void commit(Log log, uint64_t number, uint64_t end, uint64_t version
 cdef int settle(Log log, int status) except -1:
     """Does what a negative status asks for, so that the caller can try again; raises what it cannot mend."""
     cdef uint64_t location = log.trouble
-    owner = log.owner
+    try:
+        return ask_owner(log, log.owner, status, location)
+    except OSError:
+        if log.closed:          # by another thread, meanwhile
+            raise ClosedError("the store is closed") from None
+        raise
+
+
+cdef int ask_owner(Log log, owner, int status, uint64_t location) except -1:
     if status == UNMAPPED:
         if owner._map_location(location):
             return 0

@@ -54,10 +54,10 @@ cdef int populate_ahead(Log log, uint64_t need) except -1:
 
 
 cdef inline int check_writable(Log log) except -1:
-    if log.poisoned is not None:
-        raise Error(log.poisoned)
-    if not log.writable:
-        if log.closed:
+    if log.refusing:
+        if log.poisoned is not None:
+            raise Error(log.poisoned)
+        if log.writable or log.closed:
             raise ClosedError("the store is closed")
         raise ReadOnlyError("the store is open for reading only")
     return 0

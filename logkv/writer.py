@@ -66,6 +66,7 @@ class Writing(Engine):
         self._synced_version: int | None = None  # all up to here is on the device; None: not known
         self._worker = Worker(self)
         self.problem: BaseException | None = None   # the last failure on the background thread
+        self._closing = False
         self.created = False                    # there was no store before
         super().__init__(directory, writable=True)
 
@@ -289,8 +290,8 @@ class Writing(Engine):
     def _make_room(self, need: int) -> None:
         """The next record does not fit into what is allocated: more of the segment, or the next one."""
         while True:
-            self._check_open()
             with self._lock, files.full_disk_is_an_error(self.directory.path, "make room for a record"):
+                self._check_open()
                 number, end = self.log.position
                 if end + need <= self.log.allocated:
                     return
@@ -337,6 +338,7 @@ class Writing(Engine):
     def _prepare(self, need: int = 0) -> None:
         """Makes the successor: its file on the device, then its name in the MANIFEST, before its first record."""
         with self._lock:
+            self._check_open()
             capacity = max(self.options.segment_size, START + _core.CONTINUES_SIZE + need)
             old = self._successor()
             if old is not None and old.capacity >= capacity:
@@ -371,6 +373,7 @@ class Writing(Engine):
     def _seal_oldest(self) -> None:
         """Seals the oldest full segment: records synced, footer written, synced, then `sealed` in the MANIFEST."""
         with self._seal_lock, files.full_disk_is_an_error(self.directory.path, "seal a full segment"):
+            self._check_open()
             full = self._full_segments()
             if not full:
                 return
@@ -406,12 +409,13 @@ class Writing(Engine):
 
     def sync(self) -> None:
         """Everything acknowledged is on the device when this returns."""
-        self._check_open()
         self._sync_to(self.log.state["version"])
 
     def _sync_to(self, version: int) -> None:
         """Shares the sync of whoever holds the lock, if that began after this version."""
         with self._sync_lock:
+            if self.log.closed:
+                raise ClosedError("the store is closed")
             if self._synced_version is not None and self._synced_version >= version:
                 return
             if self.log.poisoned:
@@ -441,7 +445,7 @@ class Writing(Engine):
     def _poison(self, problem: OSError) -> None:
         """A sync that failed cannot be repeated: the system may have dropped the pages and call them clean."""
         number, end = self.log.trust["durable"]
-        self.log.poisoned = (
+        self.log.stop_writes(
             f"a sync failed ({problem.strerror}): what was written after offset {end} of segment {number} may not be "
             "on the device; reading goes on, writing needs the store to be closed and opened again")
         self.log.note_sync_failure(problem.errno or 5)
@@ -494,9 +498,9 @@ class Writing(Engine):
 
     def clear(self) -> None:
         """Empties the store at once: one synced MANIFEST names a new segment alone, then an empty index follows."""
-        self._check_open()
         with self._seal_lock, self._sync_lock, self._lock, \
                 files.full_disk_is_an_error(self.directory.path, "empty the store"):
+            self._check_open()
             if self.log.poisoned:
                 raise Error(self.log.poisoned)
             version = max(self.log.state["version"] + 1, manifest.now())
@@ -531,6 +535,7 @@ class Writing(Engine):
 
     def _index_pages(self, pages: int) -> None:
         with self._lock, files.full_disk_is_an_error(self.directory.path, "make room in the index"):
+            self._check_open()
             files.allocate(self._index_fd, pages * _core.PAGE)
             _core.extend_index(self.log, self._index_fd, pages)
 
@@ -555,25 +560,34 @@ class Writing(Engine):
         self.problem = problem
 
     def _check_open(self) -> None:
-        if self.log.closed:
+        """Under the lock that what follows needs: close() takes them all before it lets anything go."""
+        if self._closing or self.log.closed:
             raise ClosedError("the store is closed")
 
     def close(self) -> None:
         """Syncs, gives the index its checksums, sets the clean mark, lets the lock go.  Everything is let go also
         when that fails, and then the failure is raised."""
+        self.log.stop_writes()
+        self._closing = True
         self._worker.stop()
         try:
             if not self.log.poisoned and self.log.writable:
                 with files.full_disk_is_an_error(self.directory.path, "close the store"):
                     self.sync()
-                    self._sync_fd(self._fd_of(self._active))        # the mark of that sync
-                    _core.seal_index(self.log)
-                    files.sync_data(self._index_fd)
-                    self.directory.sync()
-                    self.log.mark_clean(self.manifest.generation)
-                    files.sync_data(self._control_fd)
+                    with self._seal_lock, self._sync_lock, self._lock:
+                        self._finish()
         finally:
-            self.release()
+            with self._seal_lock, self._sync_lock, self._lock:
+                self.release()
+
+    def _finish(self) -> None:
+        """The log is on the device; so are then the mark of that sync, the index, and at last the clean mark."""
+        self._sync_fd(self._fd_of(self._active))
+        _core.seal_index(self.log)
+        files.sync_data(self._index_fd)
+        self.directory.sync()
+        self.log.mark_clean(self.manifest.generation)
+        files.sync_data(self._control_fd)
 
     def release(self) -> None:
         super().release()

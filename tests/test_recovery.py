@@ -50,9 +50,9 @@ def log_end(path: str) -> int:
 # -- the torn tail ----------------------------------------------------------------------------------------------
 
 
-def test_every_byte_of_the_tail_cut_off(tmp_path: Path, in_child: RunInChild) -> None:
+def test_every_byte_of_the_tail_cut_off(quick_dir: Path, in_child: RunInChild) -> None:
     """The store opens, holds exactly the records that were whole, and takes new ones that stay."""
-    source = str(tmp_path / "source")
+    source = str(quick_dir / "source")
     pairs = [(f"key {i}".encode(), bytes([65 + i]) * (i * 7 % 60)) for i in range(8)]
     ends = [64]
 
@@ -66,7 +66,7 @@ def test_every_byte_of_the_tail_cut_off(tmp_path: Path, in_child: RunInChild) ->
     whole = segments(source)[0].read_bytes()
     assert ends[-1] == log_end(source)
     for cut in range(64, ends[-1] + 1):
-        path = str(tmp_path / "cut")
+        path = str(quick_dir / "cut")
         shutil.copytree(source, path)
         segments(path)[0].write_bytes(whole[:cut] + bytes(len(whole) - cut))
         held = max(n for n, end in enumerate(ends) if end <= cut)

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, ItemsView, KeysView, Mapping, MutableMapping, ValuesView
@@ -429,6 +430,43 @@ def test_the_child_of_a_fork_follows_its_parent(path: str) -> None:
         assert os.waitpid(pid, 0)[1] == 0
         os.close(go)
         os.close(ready)
+
+
+def test_threads_use_a_store_that_is_closed_under_them(path: str) -> None:
+    """They finish or get ClosedError; what they were told is stored is there."""
+    for turn in range(5):
+        db = logkv.open(path, segment_size=65_536)
+        stored: list[set[str]] = [set() for _ in range(4)]
+        failures: list[BaseException] = []
+
+        def work(n: int, db: logkv.Store = db, turn: int = turn, failures: list[BaseException] = failures,
+                 stored: list[set[str]] = stored) -> None:
+            try:
+                for i in range(1_000_000):
+                    key = f"{turn} {n} {i}"
+                    db[key] = "x" * 100
+                    stored[n].add(key)
+                    assert db[key] == b"x" * 100 and len(db) > i
+                    if i % 100 == 0:
+                        assert sum(1 for _ in zip(db.items(), range(50))) == 50 or i < 50
+            except logkv.ClosedError:
+                pass
+            except BaseException as problem:
+                failures.append(problem)
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + 20
+        while not all(stored) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        db.close()
+        for thread in threads:
+            thread.join()
+        assert not failures
+        with logkv.open(path, "r") as again:
+            for keys in stored:
+                assert keys and all(key in again for key in keys)
 
 
 def test_a_dropped_writer_warns_and_lets_go(path: str) -> None:
