@@ -19,7 +19,7 @@ import struct
 import sys
 import time
 from array import array
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -31,6 +31,7 @@ Manifest = dict[str, Any]
 HEADER = struct.Struct("<8sHH 3I QQ 16s I I")
 assert HEADER.size == (8 + 2 + 2) + 3 * 4 + 2 * 8 + 16 + 4 + 4 == 64
 MAGIC, FORMAT, SIPHASH_1_3 = b"LogKVseg", 0, 1
+FEATURES, FEATURES_AT = struct.Struct("<3I"), 12
 
 # Record: checksum, length of value, version, length of key, kind, flags; [u32 checksum of value]; key; value.
 RECORD = struct.Struct("<IIQHBB")
@@ -47,10 +48,10 @@ FOOTER_ENTRY = struct.Struct("<QII")  # hash, offset / 8, size / 8 | kind << 30
 assert FOOTER_ENTRY.size == 8 + 4 + 4 == 16
 
 MANIFEST_LINE = "LogKV MANIFEST 0 %08x %d\n"
-FIELDS = "identity seed hash features options generation epoch next_number next_chunk last_version cuts segments".split()
-SEGMENT_FIELDS = "number chunk capacity salt sealed end records first_version last_version".split()
-TOTALS = ("sealed", "end", "records", "first_version", "last_version")
-UNSEALED: Manifest = dict(zip(TOTALS, (False, None, 0, 0, 0), strict=True))
+FIELDS = ["identity", "seed", "hash", "features", "options", "generation", "epoch", "next_number", "next_chunk"]
+FIELDS += ["last_version", "cuts", "segments"]
+TOTALS = "sealed end records first_version last_version".split()
+SEGMENT_FIELDS = ["number", "chunk", "capacity", "salt", *TOTALS]
 CHUNK, STEP_MIN, STEP_MAX, PAGE = 16 << 20, 32 << 10, 16 << 20, 4096
 FLOCK = struct.Struct("@hhqqi4x")  # type, whence, start, length, pid
 
@@ -62,6 +63,11 @@ class BaselineError(Exception):
 def _expect(what: str, found: object, expected: object) -> None:
     if found != expected:
         raise BaselineError(f"{what}: expected {expected!r}, found {found!r}")
+
+
+def _must_know(where: Path, features: Sequence[int], writing: bool) -> None:
+    _, read_compatible, incompatible = features
+    _expect(f"{where}: features that one must know", (incompatible, read_compatible * writing), (0, 0))
 
 
 # What becomes of the CRC's register after one more byte of zeros, if it has 8 bits; after two or four, if 16.
@@ -145,18 +151,17 @@ class Segment:
 
     def _map(self) -> None:
         self.size = os.fstat(self.fd).st_size
-        self.map = mmap.mmap(self.fd, 0, prot=mmap.PROT_READ) if self.size else b""
+        self.map = mmap.mmap(self.fd, 0, prot=mmap.PROT_READ) if self.size else mmap.mmap(-1, 1)
 
     def close(self) -> None:
         """Close the file and its map."""
-        if isinstance(self.map, mmap.mmap):
-            self.map.close()
+        self.map.close()
         os.close(self.fd)
 
-    def header(self, manifest: Manifest) -> bytes:
+    def header(self, manifest: Manifest, features: tuple[int, ...] = (0, 0, 0)) -> bytes:
         """The header of this segment in the store of that MANIFEST."""
         identity, seed = int(manifest["identity"], 16), bytes.fromhex(manifest["seed"])
-        fields = (MAGIC, FORMAT, SIPHASH_1_3, *manifest["features"], self.number, identity, seed, self.salt)
+        fields = (MAGIC, FORMAT, SIPHASH_1_3, *features, self.number, identity, seed, self.salt)
         data = HEADER.pack(*fields, 0)[: -U32.size]
         return data + U32.pack(crc32c(data))
 
@@ -220,13 +225,14 @@ class Segment:
         return CONTINUES_VALUE.pack(self.number, self.end, self.last_version)
 
     def torn(self) -> int:
-        """How many bytes behind the records are not only zeros."""
+        """How many bytes behind the records there are up to the last that is not zero."""
         return len(self.map[self.end :].rstrip(b"\0"))
 
     def cut(self) -> None:
         """Zero all that lies behind the records."""
-        os.pwrite(self.fd, bytes(self.torn()), self.end)
-        os.fsync(self.fd)
+        if torn := self.torn():
+            os.pwrite(self.fd, bytes(torn), self.end)
+            os.fsync(self.fd)
 
     def write(self, data: bytes, offset: int) -> None:
         """Put `data` into the file, which grows in steps, each allocated before it is used."""
@@ -240,27 +246,17 @@ class Segment:
         if os.pwrite(self.fd, data, offset) != len(data):
             raise OSError(f"{self.path}: a short write at {offset}")
 
-    def footer(self, seed: bytes) -> bytes:
-        """The value of the footer that belongs behind the records."""
+    def footer(self, manifest: Manifest) -> bytes:
+        """The footer that belongs behind the records."""
+        seed = bytes.fromhex(manifest["seed"])
         head = FOOTER_VALUE.pack(self.first_version, self.last_version, self.records, len(self.newest))
         entries = [FOOTER_ENTRY.pack(siphash13(seed, key), *where) for key, where in sorted(self.newest.items())]
-        return head + b"".join(entries)
+        return self.encode(self.last_version, FOOTER, b"", head + b"".join(entries))
 
-    def read_footer(self) -> bytes:
-        """The value of the footer that lies behind the records of a sealed segment."""
-        record = self.decode(self.entry["end"], self.size)
-        if record is None or record.kind != FOOTER or len(record.value) < FOOTER_VALUE.size:
-            raise BaselineError(f"{self.path}: expected a footer at {self.entry['end']}, found {record}")
-        first, last, records, entries = FOOTER_VALUE.unpack_from(record.value)
-        found = (record.version, len(record.value), dict(zip(TOTALS, (True, record.offset, records, first, last))))
-        size = FOOTER_VALUE.size + FOOTER_ENTRY.size * entries
-        _expect(f"{self.path}: footer", found, (last, size, {name: self.entry[name] for name in TOTALS}))
-        return record.value
-
-    def seal(self, seed: bytes) -> None:
+    def seal(self, manifest: Manifest) -> None:
         """Sync the records, and behind them a footer; it is believed once the MANIFEST says so."""
         os.fsync(self.fd)
-        self.write(self.encode(self.last_version, FOOTER, b"", self.footer(seed)), self.end)
+        self.write(self.footer(manifest), self.end)
         os.fsync(self.fd)
         self.entry |= self.totals()
         self.newest.clear()
@@ -270,7 +266,10 @@ def open_log(path: Path, manifest: Manifest, flags: int, files: ExitStack) -> li
     """The segments that the MANIFEST lists, their headers checked, their records not yet read; `files` closes them."""
     log = [files.enter_context(closing(Segment(path, entry, flags))) for entry in manifest["segments"]]
     for segment in log:
-        _expect(f"{segment.path}: header", segment.map[: HEADER.size].hex(), segment.header(manifest).hex())
+        found = segment.map[: HEADER.size].ljust(HEADER.size, b"\0")
+        features = FEATURES.unpack_from(found, FEATURES_AT)
+        _expect(f"{segment.path}: header", found.hex(), segment.header(manifest, features).hex())
+        _must_know(segment.path, features, flags != os.O_RDONLY)
     return log
 
 
@@ -320,7 +319,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
     return (MANIFEST_LINE % (crc32c(body), len(body))).encode() + body
 
 
-def read_manifest(path: StrPath) -> Manifest:
+def read_manifest(path: StrPath, writing: bool = False) -> Manifest:
     """The MANIFEST of the store at `path`."""
     file = Path(path) / "MANIFEST"
     try:
@@ -332,8 +331,8 @@ def read_manifest(path: StrPath) -> Manifest:
     found = json.loads(body)
     manifest: Manifest = {name: found[name] for name in FIELDS}
     manifest["segments"] = [{name: entry[name] for name in SEGMENT_FIELDS} for entry in found["segments"]]
-    found = {name: manifest[name] for name in ("hash", "options")} | {"incompatible": manifest["features"][2]}
-    _expect(f"{file}: what a reader must know", found, {"hash": "siphash-1-3", "options": {}, "incompatible": 0})
+    _expect(f"{file}: hash and options", (manifest["hash"], manifest["options"]), ("siphash-1-3", {}))
+    _must_know(file, manifest["features"], writing)
     return manifest
 
 
@@ -346,20 +345,8 @@ def read_log(path: StrPath) -> list[tuple[int, int, bytes, bytes]]:
     return records
 
 
-def read_footer(path: StrPath, segment_dict: Manifest) -> list[tuple[bytes, int, int, int]]:
-    """Key, hash, offset and kind of each entry in the footer of a sealed segment, as the MANIFEST lists it."""
-    entries = []
-    with closing(Segment(Path(path), segment_dict, os.O_RDONLY)) as segment:
-        for hashed, unit, word in FOOTER_ENTRY.iter_unpack(segment.read_footer()[FOOTER_VALUE.size :]):
-            record, kind, size = segment.decode(unit * 8, segment_dict["end"]), word >> 30, (word & (1 << 30) - 1) * 8
-            if record is None or (record.kind, record.end - record.offset) != (kind, size):
-                raise BaselineError(f"{segment.path}: expected kind {kind}, {size} bytes at {unit * 8}, found {record}")
-            entries.append((record.key, hashed, record.offset, kind))
-    return entries
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
@@ -367,9 +354,7 @@ def _sync_directory(path: Path) -> None:
 
 
 def _bytes(data: bytes | str) -> bytes:
-    if isinstance(data, str):
-        return data.encode()
-    return data if isinstance(data, bytes) else bytes(memoryview(data))
+    return data if isinstance(data, bytes) else data.encode() if isinstance(data, str) else bytes(memoryview(data))
 
 
 class BaselineStore(MutableMapping[bytes, bytes]):
@@ -384,8 +369,6 @@ class BaselineStore(MutableMapping[bytes, bytes]):
     ) -> None:
         if flag not in ("r", "w", "c", "n"):
             raise ValueError(f"flag must be 'r', 'w', 'c' or 'n', not {flag!r}")
-        if not 64 << 10 <= segment_size <= 1 << 30:
-            raise ValueError(f"segment_size must be from 64 KiB to 1 GiB, not {segment_size}")
         self.path = Path(path)
         self._segment_size, self._check, self._writable = segment_size, check, flag != "r"
         self._files = ExitStack()
@@ -396,8 +379,8 @@ class BaselineStore(MutableMapping[bytes, bytes]):
         try:
             if flag in "cn":
                 self.path.mkdir(exist_ok=True)
-            else:
-                read_manifest(self.path)  # without a store, leave no LOCK
+            if flag in "rw" or (self.path / "MANIFEST").exists():
+                read_manifest(self.path, self._writable)  # where this fails, not even LOCK is touched
             if self._writable:
                 self._take_lock()
             if flag in "cn" and not (self.path / "MANIFEST").exists():
@@ -426,7 +409,7 @@ class BaselineStore(MutableMapping[bytes, bytes]):
             if file.read_bytes()[HEADER.size :].strip(b"\0"):
                 raise BaselineError(f"{file}: expected a MANIFEST beside these records, found none")
             file.unlink()
-        _sync_directory(self.path.parent)
+        _sync(self.path.parent)
         self._manifest: Manifest = {"identity": secrets.token_hex(8), "seed": secrets.token_hex(16)}
         self._manifest |= {"hash": "siphash-1-3", "features": [0, 0, 0], "options": {}, "generation": 0, "epoch": 0}
         self._manifest |= {"next_number": 1, "next_chunk": 0, "last_version": 0, "cuts": []}
@@ -434,13 +417,15 @@ class BaselineStore(MutableMapping[bytes, bytes]):
         self._write_manifest()
 
     def _recover(self, footers: bool) -> None:
-        self._manifest = read_manifest(self.path)
+        self._manifest = read_manifest(self.path, self._writable)
         self._log = open_log(self.path, self._manifest, os.O_RDWR if self._writable else os.O_RDONLY, self._files)
         reach = replay(self._log, self._apply)
         for segment in self._log:
-            if segment.entry["sealed"] and footers:
-                _expect(f"{segment.path}: footer", segment.read_footer().hex(), segment.footer(self._seed).hex())
             if segment.entry["sealed"]:
+                if footers:
+                    footer = segment.footer(self._manifest)
+                    found = segment.map[segment.end : segment.end + len(footer)]
+                    _expect(f"{segment.path}: footer at {segment.end}", found.hex(), footer.hex())
                 segment.newest.clear()
         if self._writable:
             self._mend(reach)
@@ -448,9 +433,8 @@ class BaselineStore(MutableMapping[bytes, bytes]):
     def _mend(self, reach: int) -> None:
         """Cut the log where it ends, and say so in a MANIFEST before anything is appended."""
         manifest, kept = self._manifest, max(segment.last_version for segment in self._log)
-        _expect(f"{self.path}: features that a writer must know", manifest["features"][1], 0)
         (self.path / "index").unlink(missing_ok=True)
-        _sync_directory(self.path)
+        _sync(self.path)
         self._version = max([kept, *(first - 1 for _, first in manifest["cuts"])])
         if any(segment.torn() for segment in self._log[reach - 1 :]) or manifest["last_version"] > self._version:
             first = max(self._version + 1, manifest["last_version"] + 1, time.time_ns())
@@ -458,10 +442,10 @@ class BaselineStore(MutableMapping[bytes, bytes]):
             self._version = first - 1
         self._log, unreached = self._log[:reach], self._log[reach:]
         for segment in self._log:
-            if not segment.entry["sealed"] and segment.torn():
+            if not segment.entry["sealed"]:
                 segment.cut()
-            if not segment.entry["sealed"] and segment is not self._log[-1]:
-                segment.seal(self._seed)
+                if segment is not self._log[-1]:
+                    segment.seal(manifest)
         self._log[-1].entry["end"] = None
         numbers = [int(file.stem) for file in self.path.glob("*.seg") if file.stem.isdecimal()]
         manifest["next_number"] = max(manifest["next_number"], *(number + 1 for number in numbers))  # none twice
@@ -484,28 +468,23 @@ class BaselineStore(MutableMapping[bytes, bytes]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def _seed(self) -> bytes:
-        return bytes.fromhex(self._manifest["seed"])
-
     def _write_manifest(self) -> None:
         manifest = self._manifest
         manifest["generation"] += 1
         manifest["last_version"] = max(manifest["last_version"], self._version)
         manifest["segments"] = [segment.entry for segment in self._log]
-        with open(self.path / "MANIFEST.tmp", "wb") as file:
-            file.write(encode_manifest(manifest))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(self.path / "MANIFEST.tmp", self.path / "MANIFEST")
-        _sync_directory(self.path)
+        coming = self.path / "MANIFEST.tmp"
+        coming.write_bytes(encode_manifest(manifest))
+        _sync(coming)
+        os.replace(coming, self.path / "MANIFEST")
+        _sync(self.path)
 
     def _add_segment(self, before: Segment | None, size: int = 0, clear: bool = False) -> None:
         """Begin a segment that has room for a record of `size`; it is on the device, but not in the MANIFEST."""
         manifest = self._manifest
         capacity = max(self._segment_size, HEADER.size + CONTINUES_SIZE + size)
-        entry = {"number": manifest["next_number"], "chunk": manifest["next_chunk"], "capacity": capacity}
-        entry |= {"salt": secrets.randbits(32)} | UNSEALED
+        entry = dict.fromkeys(SEGMENT_FIELDS, 0) | {"sealed": False, "end": None, "salt": secrets.randbits(32)}
+        entry |= {"number": manifest["next_number"], "chunk": manifest["next_chunk"], "capacity": capacity}
         manifest["next_number"] += 1
         manifest["next_chunk"] += -(-capacity // CHUNK)
         segment = Segment(self.path, entry, os.O_RDWR | os.O_CREAT | os.O_EXCL)
@@ -517,7 +496,7 @@ class BaselineStore(MutableMapping[bytes, bytes]):
         if clear:
             self._write(CLEAR, b"", b"")
         os.fsync(segment.fd)
-        _sync_directory(self.path)
+        _sync(self.path)
 
     def _rotate(self, size: int) -> None:
         """Go on in a new segment, then seal the full one."""
@@ -525,7 +504,7 @@ class BaselineStore(MutableMapping[bytes, bytes]):
         self._writable = False  # and so it stays if this fails: the next open finds out how far it came
         self._add_segment(full, size)
         self._write_manifest()
-        full.seal(self._seed)
+        full.seal(self._manifest)
         self._write_manifest()
         self._writable = True
 
@@ -568,6 +547,8 @@ class BaselineStore(MutableMapping[bytes, bytes]):
         if len(key) >= 1 << 16 or len(value) >= 1 << 32:
             raise ValueError("a key may have 65,535 bytes, a value 4,294,967,295")
         return self._append(PUT, key, value)
+
+    __setitem__ = put  # type: ignore[assignment]
 
     def delete(self, key: bytes | str) -> bool:
         """Remove `key`; return whether it was there."""
@@ -614,9 +595,6 @@ class BaselineStore(MutableMapping[bytes, bytes]):
         if record is None or record.key != key:
             raise BaselineError(f"{segment.path}: expected a valid record of {key!r} at {offset}, found {record}")
         return record.value
-
-    def __setitem__(self, key: bytes | str, value: bytes | str) -> None:
-        self.put(key, value)
 
     def __delitem__(self, key: bytes | str) -> None:
         if not self.delete(key):

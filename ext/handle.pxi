@@ -173,12 +173,14 @@ cdef class StoreIterator:
         bint last               # the shard that was copied is the last one
         uint64_t cursor         # the first hash that was not copied yet
         uint64_t seq            # of the state when the shard was copied
+        uint64_t clears         # of the log
         uint64_t *locations
         size_t at, count, room
 
     def __cinit__(self, Log log, int what):
         self.log = log
         self.what = what
+        self.clears = log.clears
 
     def __dealloc__(self):
         free(self.locations)
@@ -194,6 +196,9 @@ cdef class StoreIterator:
         cdef int status
         while True:
             current(self.log)
+            if self.clears != self.log.clears:      # what was copied is gone
+                self.at = self.count
+                self.clears = self.log.clears
             if self.at == self.count:
                 if self.last:
                     raise StopIteration

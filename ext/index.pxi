@@ -86,8 +86,9 @@ cdef inline int probe(Log log, const uint8_t *key, size_t size, uint64_t h, uint
     cdef uint64_t *slots
     cdef unsigned cls, i
     cdef int status
-    cdef bint empty, home
+    cdef bint empty, home, again
     while True:
+        again = False
         status = find_entry(log, h, &word, &entry)
         if status < 0:
             if status == INDEX_GREW and atomic_load(&ix.header.directory) != word:
@@ -119,12 +120,13 @@ cdef inline int probe(Log log, const uint8_t *key, size_t size, uint64_t h, uint
                         status = compare_own(log, &p.record, status, h, p.location, own)
                     elif status == FOUND:
                         status = p.record.key_length == size and memcmp(p.record.key, key, size) == 0
+                    if status != MISSING and (atomic_load(&ix.header.directory) != word or
+                                              status < 0 and atomic_load(slots + i) != value):
+                        again = True        # it was true a moment ago
+                        break
                     if status < 0:
-                        if atomic_load(slots + i) == value and atomic_load(&ix.header.directory) == word:
-                            return status
-                    elif status == FOUND:
-                        if atomic_load(&ix.header.directory) != word:
-                            break
+                        return status
+                    if status == FOUND:
                         p.slot = slots + i
                         p.bucket = bucket
                         if writing:
@@ -133,11 +135,11 @@ cdef inline int probe(Log log, const uint8_t *key, size_t size, uint64_t h, uint
                             log.trouble = p.location
                             return NOT_A_PUT
                         return FOUND
-            if empty:
+            if empty or again:
                 break
             home = False
             bucket = bucket + 1 if bucket + 1 < buckets else 0
-        if atomic_load(&ix.header.directory) == word:
+        if not again and atomic_load(&ix.header.directory) == word:
             return MISSING
 
 

@@ -55,6 +55,7 @@ cdef class Log:
         int trouble_status          # of record_unpack
         uint32_t trouble_expected, trouble_found
         list mappings               # (address, length), to be unmapped at the end
+        uint64_t clears             # how often all segments were let go
         dict segments               # first chunk: (address, length, chunks) of those mapped
         readonly str poisoned       # why every write is refused since a sync failed, or None
         bint refusing               # writes: poisoned, closing, closed, or only reading
@@ -179,6 +180,7 @@ cdef class Log:
             memset(&self.chunks[chunk], 0, run * sizeof(Chunk))
             self.unmap(address)
         self.segments.clear()
+        self.clears += 1
 
     cdef int unmap(self, size_t address) except -1:
         for i, (start, length) in enumerate(self.mappings):

@@ -17,12 +17,13 @@ from benchmarks.baseline import (
     CLEAR,
     CONTINUES,
     DELETE,
+    FOOTER_ENTRY,
+    FOOTER_VALUE,
     PUT,
     SYNC_MARK,
     BaselineError,
     BaselineStore,
     crc32c,
-    read_footer,
     read_log,
     read_manifest,
     siphash13,
@@ -113,9 +114,9 @@ def test_text_is_utf8(tmp_path: Path) -> None:
     with BaselineStore(tmp_path / "s") as store:
         store["clé"] = "é"
         assert store["clé"] == store["clé".encode()] == "é".encode()
-        store[b"buffer"] = bytearray(b"x")  # type: ignore[assignment]
+        store[b"buffer"] = bytearray(b"x")  # type: ignore[arg-type]
         with pytest.raises(TypeError):
-            store[b"number"] = 5  # type: ignore[assignment]
+            store[b"number"] = 5  # type: ignore[arg-type]
         with pytest.raises(ValueError):
             store.put(b"k" * 65536, b"")
 
@@ -135,8 +136,10 @@ def test_overwrite_delete_clear_reopen(tmp_path: Path) -> None:
     with BaselineStore(path, "r") as store:
         assert dict(store) == {b"c": b"4"}
     kinds = [kind for _, kind, _, _ in read_log(path)]
-    assert kinds == [PUT, PUT, PUT, DELETE, SYNC_MARK, CLEAR, PUT, SYNC_MARK]
-    assert read_manifest(path)["epoch"] == 1
+    assert kinds == [CONTINUES, CLEAR, PUT, SYNC_MARK]
+    manifest = read_manifest(path)
+    assert manifest["epoch"] == 1 and [segment["number"] for segment in manifest["segments"]] == [2]
+    assert not segment_file(path).exists()
 
 
 def test_flags(tmp_path: Path) -> None:
@@ -158,7 +161,7 @@ def test_flags(tmp_path: Path) -> None:
     identity = read_manifest(path)["identity"]
     with BaselineStore(path, "n") as store:
         assert len(store) == 0
-    assert read_manifest(path)["identity"] != identity
+    assert read_manifest(path)["identity"] == identity and read_manifest(path)["epoch"] == 1
     with pytest.raises(ValueError):
         BaselineStore(path, "x")
 
@@ -167,7 +170,7 @@ def test_new_store_on_disk(tmp_path: Path) -> None:
     path = tmp_path / "s"
     store = BaselineStore(path)
     assert {file.name for file in path.iterdir()} == {"LOCK", "MANIFEST", "0000000001.seg"}
-    assert (path / "LOCK").read_text() == str(os.getpid())
+    assert (path / "LOCK").read_text() == f"{os.getpid()}\n"
     assert segment_file(path).stat().st_size == 32 << 10
     assert read_manifest(path)["generation"] == 1
     store[b"a"] = bytes(40_000)
@@ -184,7 +187,7 @@ def test_reading_changes_nothing(tmp_path: Path) -> None:
         fill(store, model, 100)
         copy = crash(store, tmp_path / "copy")
     before = snapshot(copy)
-    with BaselineStore(copy, "r", verify_footers=True) as store:
+    with BaselineStore(copy, "r", footers=True) as store:
         assert dict(store) == model
     assert read_log(copy)
     assert snapshot(copy) == before
@@ -317,7 +320,7 @@ def test_rotation(tmp_path: Path) -> None:
         store[b"giant"] = model[b"giant"] = os.urandom(SMALL * 3)
         fill(store, model, 20, seed=2)
     for _ in range(2):
-        with BaselineStore(path, "w", segment_size=SMALL, verify_footers=True) as store:
+        with BaselineStore(path, "w", segment_size=SMALL, footers=True) as store:
             assert dict(store) == model
     manifest, log = read_manifest(path), read_log(path)
     segments = manifest["segments"]
@@ -326,7 +329,9 @@ def test_rotation(tmp_path: Path) -> None:
     assert [segment["number"] for segment in segments] == list(range(1, manifest["next_number"]))
     assert [segment["chunk"] for segment in segments] == list(range(manifest["next_chunk"]))
     assert max(segment["capacity"] for segment in segments) == 64 + 48 + 20 + 4 + 5 + SMALL * 3 + 3
-    assert [version for version, *_ in log] == sorted({version for version, *_ in log})
+    assert [version for version, *_ in log] == sorted(version for version, *_ in log)
+    for (before, *_), (version, kind, _, _) in zip(log, log[1:], strict=False):
+        assert version == before if kind == CONTINUES else version > before
     assert sum(kind == CONTINUES for _, kind, _, _ in log) == len(segments) - 1
     for segment in segments[:-1]:
         assert segment["end"] <= segment["capacity"]
@@ -340,17 +345,22 @@ def test_footers(tmp_path: Path) -> None:
     manifest, log = read_manifest(path), read_log(path)
     seed = bytes.fromhex(manifest["seed"])
     for segment in manifest["segments"][:-1]:
-        mine = [record for record in log if segment["first_version"] <= record[0] <= segment["last_version"]]
-        assert len(mine) == segment["records"]
-        entries = read_footer(path, segment)
+        mine, log = log[: segment["records"]], log[segment["records"] :]
+        assert (mine[0][0], mine[-1][0]) == (segment["first_version"], segment["last_version"])
+        value = segment_file(path, segment["number"]).read_bytes()[segment["end"] :]
+        length = int.from_bytes(value[4:8], "little")
+        value = value[20 + (4 if length > 4096 else 0) :][:length]
         newest = {key: kind for _, kind, key, _ in mine if kind in (PUT, DELETE)}
-        assert [(key, kind) for key, _, _, kind in entries] == sorted(newest.items())
-        assert all(hashed == siphash13(seed, key) for key, hashed, _, _ in entries)
+        assert FOOTER_VALUE.unpack_from(value)[2:] == (len(mine), len(newest))
+        entries = list(FOOTER_ENTRY.iter_unpack(value[FOOTER_VALUE.size :]))
+        assert [(hashed, word >> 30) for hashed, _, word in entries] == [
+            (siphash13(seed, key), kind) for key, kind in sorted(newest.items())
+        ]
     first = manifest["segments"][0]
     overwrite(segment_file(path), first["end"] + 30, b"\xff")
     BaselineStore(path, "r").close()
-    with pytest.raises(BaselineError, match="expected a footer at"):
-        BaselineStore(path, "r", verify_footers=True)
+    with pytest.raises(BaselineError, match="footer at"):
+        BaselineStore(path, "r", footers=True)
 
 
 def test_damage_in_a_sealed_segment_is_refused(tmp_path: Path) -> None:
@@ -407,7 +417,7 @@ def test_a_kill_in_a_rotation_loses_nothing(tmp_path: Path, monkeypatch: pytest.
         assert store[b"0"] == bytes(6000)
         store._files.close()
         for flag in "rww":
-            with BaselineStore(path, flag, segment_size=SMALL, verify_footers=True) as again:
+            with BaselineStore(path, flag, segment_size=SMALL, footers=True) as again:
                 assert model.items() <= dict(again).items()
                 if flag == "w":
                     again[b"after"] = model[b"after"] = bytes(6000)
@@ -425,7 +435,7 @@ def test_the_end_of_a_segment_with_a_successor_is_lost(tmp_path: Path, synced: b
     store[b"kept"] = bytes(30_000)
     lost = store._log[0].end
     store[b"lost"] = bytes(30_000)
-    store._add_segment(0)
+    store._add_segment(store._log[0])
     store._write_manifest()
     store[b"next"] = b"1"
     if synced:
@@ -450,7 +460,7 @@ def test_a_prepared_segment_is_not_begun(tmp_path: Path) -> None:
     store = BaselineStore(path, segment_size=SMALL)
     store[b"a"] = b"1"
     active = store._log.pop()
-    store._add_segment(0)
+    store._add_segment(None)
     store._log.insert(0, active)
     store._write_manifest()
     store._files.close()
@@ -465,11 +475,40 @@ def test_a_footer_that_the_manifest_does_not_know_is_cut(tmp_path: Path) -> None
     path = tmp_path / "s"
     with BaselineStore(path) as store:
         store[b"a"] = b"1"
-        store._log[-1].seal(store._seed)
+        store._log[-1].seal(store._manifest)
         copy = crash(store, tmp_path / "copy")
-        store._log[-1].sealed = False
     with BaselineStore(copy) as store:
         assert dict(store) == {b"a": b"1"}
         store[b"b"] = b"2"
     with BaselineStore(copy, "r") as store:
         assert dict(store) == {b"a": b"1", b"b": b"2"}
+
+
+def test_an_end_in_the_manifest_ends_an_unsealed_segment(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    store = BaselineStore(path)
+    store[b"a"] = b"1"
+    end = store._log[0].end
+    store[b"copied"] = b"2"
+    store._log[0].end, store._log[0].last_version = end, read_log(path)[0][0]
+    store._add_segment(store._log[0])
+    store[b"copied"] = b"2"
+    store._log[0].entry["end"] = end
+    store._write_manifest()
+    store._files.close()
+    for flag in "rww":
+        with BaselineStore(path, flag, footers=True) as store:
+            assert dict(store) == {b"a": b"1", b"copied": b"2"}
+    assert [kind for _, kind, _, _ in read_log(path)] == [PUT, CONTINUES, PUT]
+    assert read_manifest(path)["segments"][0]["sealed"] and read_manifest(path)["cuts"] == []
+
+
+def test_an_index_is_removed_before_anything_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    BaselineStore(path).close()
+    (path / "index").write_bytes(b"of another program")
+    BaselineStore(path, "r").close()
+    assert (path / "index").exists()
+    generation = read_manifest(path)["generation"]
+    BaselineStore(path).close()
+    assert not (path / "index").exists() and read_manifest(path)["generation"] == generation + 1

@@ -528,6 +528,22 @@ def test_iteration_does_not_show_what_was_deleted_meanwhile(store: logkv.Store) 
     assert list(iterator) == []
 
 
+def test_iteration_survives_a_clear(path: str) -> None:
+    with logkv.open(path, segment_size=65_536) as db, logkv.Reader(path) as reader:
+        for mapping in (db, reader):
+            db.clear()
+            for i in range(5_000):
+                db[f"old {i}"] = "x" * 50
+            iterator = iter(mapping.items())
+            assert next(iterator)[0].startswith(b"old")
+            db.clear()
+            for i in range(100):
+                db[f"new {i}"] = "y"
+            rest = list(iterator)
+            assert all(key.startswith(b"new") for key, _ in rest) and len(set(rest)) == len(rest)
+            assert len(mapping) == len(list(mapping)) == 100
+
+
 # -- limits and sizes -------------------------------------------------------------------------------------------
 
 
