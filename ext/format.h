@@ -106,7 +106,9 @@ enum record_flag {                 /* each announces a field, stored in this ord
 enum {
     RECORD_HEADER_BYTES = 20,
     RECORD_ALIGN = 8,
+    EXPIRY_BYTES = 8,
     VALUE_CRC_BYTES = 4,
+    CODEC_BYTES = 4,
     VALUE_CRC_ABOVE = 4096,
     KEY_MAX = 65535,
     CONTINUES_VALUE_BYTES = 24,
@@ -120,9 +122,21 @@ _Static_assert(sizeof(continues_value) == CONTINUES_VALUE_BYTES, "continues");
 typedef struct { uint64_t number, end; } sync_mark_value;
 _Static_assert(sizeof(sync_mark_value) == SYNC_MARK_VALUE_BYTES, "sync mark");
 
-static inline uint64_t record_size(uint64_t key_length, uint64_t value_length) {
-    uint64_t fields = value_length > VALUE_CRC_ABOVE ? VALUE_CRC_BYTES : 0;
+static inline unsigned record_fields(unsigned flags) {          /* bytes of the optional fields, reserved ones too */
+    return (flags & FLAG_EXPIRY ? EXPIRY_BYTES : 0) + (flags & FLAG_VALUE_CRC ? VALUE_CRC_BYTES : 0)
+         + (flags & FLAG_CODEC ? CODEC_BYTES : 0);
+}
+
+static inline unsigned value_crc_at(unsigned flags) {
+    return RECORD_HEADER_BYTES + (flags & FLAG_EXPIRY ? EXPIRY_BYTES : 0);
+}
+
+static inline uint64_t record_span(uint64_t fields, uint64_t key_length, uint64_t value_length) {
     return (RECORD_HEADER_BYTES + fields + key_length + value_length + RECORD_ALIGN - 1) & ~(uint64_t)(RECORD_ALIGN - 1);
+}
+
+static inline uint64_t record_size(uint64_t key_length, uint64_t value_length) {    /* of a record as it is written now */
+    return record_span(value_length > VALUE_CRC_ABOVE ? VALUE_CRC_BYTES : 0, key_length, value_length);
 }
 
 static inline uint32_t record_crc_begin(uint32_t salt, uint64_t offset) {
@@ -142,12 +156,12 @@ static inline void record_pack(uint8_t *p, uint32_t salt, uint64_t offset, uint8
     if (value_length > VALUE_CRC_ABOVE) h.flags |= FLAG_VALUE_CRC;
     memset(end - RECORD_ALIGN, 0, RECORD_ALIGN);
     memcpy(p + 4, (char *)&h + 4, RECORD_HEADER_BYTES - 4);
-    if (h.flags & FLAG_VALUE_CRC) q += VALUE_CRC_BYTES;
+    q += record_fields(h.flags);
     memcpy(q, key, key_length);
     memcpy(q + key_length, value, value_length);
     if (h.flags & FLAG_VALUE_CRC) {
         value_crc = crc32c(begin, q + key_length, value_length);
-        memcpy(p + RECORD_HEADER_BYTES, &value_crc, VALUE_CRC_BYTES);
+        memcpy(p + value_crc_at(h.flags), &value_crc, VALUE_CRC_BYTES);
         head = (size_t)(q - p) + key_length - 4;
     } else {
         head = RECORD_HEADER_BYTES - 4 + key_length + (size_t)value_length;
@@ -187,10 +201,10 @@ static inline int record_unpack(record_view *r, const uint8_t *p, uint64_t space
     if (space < RECORD_HEADER_BYTES + 4) return RECORD_TRUNCATED;
     memcpy(&h, p, RECORD_HEADER_BYTES);
     if (h.kind == KIND_END && h.version == 0 && h.crc == 0 && h.value_length == 0) return RECORD_END;
-    total = record_size(h.key_length, h.value_length);
+    total = record_span(record_fields(h.flags), h.key_length, h.value_length);
     r->size = total;
     if (total > space) return RECORD_TRUNCATED;
-    if (h.flags & FLAG_VALUE_CRC) q += VALUE_CRC_BYTES;
+    q += record_fields(h.flags);
     head = (uint64_t)(q - p) - 4 + h.key_length + (h.flags & FLAG_VALUE_CRC ? 0 : h.value_length);
     r->key = q;
     r->value = q + h.key_length;
@@ -204,7 +218,7 @@ static inline int record_unpack(record_view *r, const uint8_t *p, uint64_t space
     if (r->found != h.crc) return RECORD_BAD_CRC;
     if (h.kind == KIND_END || h.kind > KIND_FOOTER || (h.flags & ~FLAGS_KNOWN)) return RECORD_UNKNOWN;
     if ((h.flags & FLAG_VALUE_CRC) && check_value) {
-        memcpy(&value_crc, p + RECORD_HEADER_BYTES, VALUE_CRC_BYTES);
+        memcpy(&value_crc, p + value_crc_at(h.flags), VALUE_CRC_BYTES);
         r->found = crc32c(begin, r->value, h.value_length);
         r->crc = value_crc;
         if (r->found != value_crc) return RECORD_BAD_VALUE;
@@ -216,7 +230,7 @@ static inline int record_unpack(record_view *r, const uint8_t *p, uint64_t space
 static inline void record_peek(record_view *r, const uint8_t *p) {
     record_header h;
     memcpy(&h, p, RECORD_HEADER_BYTES);
-    r->key = p + RECORD_HEADER_BYTES + (h.flags & FLAG_VALUE_CRC ? VALUE_CRC_BYTES : 0);
+    r->key = p + RECORD_HEADER_BYTES + record_fields(h.flags);
     r->key_length = h.key_length;
     r->value = r->key + h.key_length;
     r->value_length = h.value_length;

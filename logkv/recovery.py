@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from logkv import _core, files, manifest
-from logkv.errors import CorruptionError
+from logkv.errors import CorruptionError, FormatError
 from logkv.manifest import Instance, Segment
 
 if TYPE_CHECKING:
@@ -95,6 +95,9 @@ def walk(engine: Engine, segment: Segment, start: int, version: int, *, trusted:
         if reason == "input/output error":
             raise CorruptionError("the log cannot be read", path=engine.path_of(segment.name),
                                   segment=segment.number, offset=end, expected="a record", found=reason)
+        if reason == "unknown":
+            raise FormatError(f"{engine.path_of(segment.name)} has a record at {end} of a kind or with a flag that only "
+                              "newer versions of LogKV know")
         if end == stop and following is not None and link is not None:
             segment, at, start = following, at + 1, START
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -520,3 +521,34 @@ def test_a_put_waits_for_sealing_and_gets_its_error(path: str, monkeypatch: pyte
             db[f"key {i}"] = "y" * 60
     with logkv.open(path, "r") as db:
         assert db["after"] == b"1" and db["key 0"] == b"y" * 60
+
+
+@pytest.mark.parametrize("kind, flags", [(6, 0), (7, 0), (1, 1), (1, 4)])
+def test_records_of_a_newer_version_are_refused_not_cut(path: str, kind: int, flags: int) -> None:
+    """A reserved kind or flag under a right checksum."""
+    from logkv import _core, manifest
+
+    with logkv.open(path) as db:
+        db["a"] = "1"
+    with files_of(path) as directory:
+        found = manifest.read(directory)
+    assert found is not None
+    segment, end = found[0].segments[0], 64 + 24 + _core.MARK_SIZE
+    record = bytearray(_core.encode_record(kind, 2**63, b"key", b"v" * 53, segment.salt, end)) + bytes(16)
+    record[19] = flags
+    salted = segment.salt ^ end // 8
+    record[:4] = _core.checksum(bytes(record[4:20 + {0: 0, 1: 8, 4: 4}[flags] + 3 + 53]), salted).to_bytes(4, "little")
+    with open(segments(path)[0], "r+b") as file:
+        file.seek(end)
+        file.write(record)
+    for name in ("index", "control"):
+        os.unlink(os.path.join(path, name))
+    before = segments(path)[0].read_bytes()
+    for flag in "rw":
+        with pytest.raises(logkv.FormatError, match="newer versions"):
+            logkv.open(path, flag)
+    assert segments(path)[0].read_bytes() == before
+
+
+def files_of(path: str) -> contextlib.closing[files.Directory]:
+    return contextlib.closing(files.Directory(path))
