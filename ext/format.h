@@ -94,6 +94,8 @@ enum record_kind {
     KIND_BATCH = 6,                /* reserved: length of a run of records that count together or not at all */
     KIND_DICTIONARY = 7,           /* reserved: for compressed values */
     KIND_FOOTER = 8,
+    KINDS_KNOWN = 1 << KIND_PUT | 1 << KIND_DELETE | 1 << KIND_CONTINUES | 1 << KIND_CLEAR | 1 << KIND_SYNC_MARK
+                | 1 << KIND_FOOTER,
 };
 
 enum record_flag {                 /* each announces a field, stored in this order */
@@ -216,7 +218,7 @@ static inline int record_unpack(record_view *r, const uint8_t *p, uint64_t space
     if (!(h.flags & FLAG_VALUE_CRC) != (h.value_length <= VALUE_CRC_ABOVE)) return RECORD_BAD_CRC;
     r->found = crc32c(begin, p + 4, head);
     if (r->found != h.crc) return RECORD_BAD_CRC;
-    if (h.kind == KIND_END || h.kind > KIND_FOOTER || (h.flags & ~FLAGS_KNOWN)) return RECORD_UNKNOWN;
+    if (h.kind > KIND_FOOTER || !(KINDS_KNOWN >> h.kind & 1) || (h.flags & ~FLAGS_KNOWN)) return RECORD_UNKNOWN;
     if ((h.flags & FLAG_VALUE_CRC) && check_value) {
         memcpy(&value_crc, p + value_crc_at(h.flags), VALUE_CRC_BYTES);
         r->found = crc32c(begin, r->value, h.value_length);
