@@ -188,13 +188,13 @@ class Segment:
         key_at = offset + RECORD.size + 8 * (flags & FLAG_EXPIRY) + 2 * (flags & FLAG_OWN_CRC) + (flags & FLAG_CODEC)
         value_at = key_at + key_length
         stop = value_at + length
-        if kind == END or stop > limit:
-            return None
         begin = self.salt ^ offset >> 3 & 0xFFFFFFFF
         own = flags & FLAG_OWN_CRC
+        if kind == END or stop > limit or bool(own) != (length > MAX_COVERED):
+            return None
         if crc32c(self.map[offset + U32.size : value_at if own else stop], begin) != checksum:
             return None
-        if kind in (BATCH, DICTIONARY) or kind > FOOTER or flags != (FLAG_OWN_CRC if length > MAX_COVERED else 0):
+        if kind in (BATCH, DICTIONARY) or kind > FOOTER or flags != own:
             raise BaselineError(f"{self.path}: kind {kind} with flags {flags} at {offset} is not known in this format")
         value = self.map[value_at:stop]
         if own and crc32c(value, begin) != U32.unpack_from(self.map, key_at - U32.size)[0]:
@@ -228,9 +228,14 @@ class Segment:
         """How many bytes behind the records there are up to the last that is not zero."""
         return len(self.map[self.end :].rstrip(b"\0"))
 
-    def cut(self) -> None:
-        """Zero all that lies behind the records."""
+    def cut(self, kept: int) -> None:
+        """Set aside what lies behind the records, and zero it; `kept` is the last version of the log."""
         if torn := self.torn():
+            aside = self.path.parent / "lost+found" / f"{self.path.name}.{self.end}-{self.end + torn}.{kept}"
+            aside.parent.mkdir(exist_ok=True)
+            aside.write_bytes(self.map[self.end : self.end + torn])
+            for path in (aside, aside.parent, self.path.parent):
+                _sync(path)
             os.pwrite(self.fd, bytes(torn), self.end)
             os.fsync(self.fd)
 
@@ -440,12 +445,13 @@ class BaselineStore(MutableMapping[bytes, bytes]):
             first = max(self._version + 1, manifest["last_version"] + 1, time.time_ns())
             manifest["cuts"].append([kept, first])
             self._version = first - 1
+        unsealed = [segment for segment in self._log if not segment.entry["sealed"]]
+        for segment in reversed(unsealed):
+            segment.cut(kept)
         self._log, unreached = self._log[:reach], self._log[reach:]
-        for segment in self._log:
-            if not segment.entry["sealed"]:
-                segment.cut()
-                if segment is not self._log[-1]:
-                    segment.seal(manifest)
+        for segment in unsealed:
+            if segment in self._log[:-1]:
+                segment.seal(manifest)
         self._log[-1].entry["end"] = None
         numbers = [int(file.stem) for file in self.path.glob("*.seg") if file.stem.isdecimal()]
         manifest["next_number"] = max(manifest["next_number"], *(number + 1 for number in numbers))  # none twice

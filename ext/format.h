@@ -278,7 +278,7 @@ enum {
 typedef struct {
     char     magic[8];
     uint32_t format;
-    uint32_t crc;                  /* of header (this field and `directory` zero) and directory; valid in a clean index */
+    uint32_t crc;                  /* of page 0 (this field and `directory` zero) and directory; valid in a clean index */
     uint64_t identity;
     uint64_t epoch;                /* the MANIFEST's: how often the store was cleared */
     uint64_t nonce;                /* this file's name in the control page */
@@ -287,6 +287,28 @@ typedef struct {
     uint64_t clean_directory;      /* the directory word that crc covers */
 } index_header;
 _Static_assert(sizeof(index_header) == 64, "index header");
+
+typedef struct {                   /* what is derived, as of one end of the log */
+    uint64_t seq;                  /* block seq % 2 is current while the page's seq == seq */
+    uint64_t number, end;          /* of the log: file number and offset */
+    uint64_t version;              /* last given out */
+    uint64_t keys;
+    uint64_t live_bytes, log_bytes;/* of records, aligned */
+    uint64_t previous;             /* the slot that the last record replaced, 0: none */
+} index_state;
+_Static_assert(sizeof(index_state) == 64, "index state");
+
+typedef struct {                   /* page 0: the header, and on lines of its own, for a put writes it, the state */
+    index_header header;           /*   0 */
+    uint8_t  zero1[192];
+    uint64_t seq;                  /* 256  selects the state block */
+    uint8_t  zero2[56];
+    index_state state[2];          /* 320 */
+    uint8_t  zero3[PAGE_BYTES - 448];
+} index_page;
+_Static_assert(offsetof(index_page, seq) == 256, "index page");
+_Static_assert(offsetof(index_page, state) == 320, "index page");
+_Static_assert(sizeof(index_page) == PAGE_BYTES, "index page");
 
 #define DIRECTORY_PAGE(w) ((w) >> 32)
 #define DIRECTORY_DEPTH(w) ((unsigned)((w) >> 24) & 0xff)
@@ -324,16 +346,6 @@ typedef struct {                   /* a MANIFEST that `control` vouches for */
     uint64_t noted;                /* when this note was made: ns */
 } control_manifest;
 
-typedef struct {                   /* what is derived, as of one end of the log */
-    uint64_t seq;                  /* block seq % 2 is current while control.seq == seq */
-    uint64_t number, end;          /* of the log: file number and offset */
-    uint64_t version;              /* last given out */
-    uint64_t keys;
-    uint64_t live_bytes, log_bytes;/* of records, aligned */
-    uint64_t previous;             /* the slot that the last record replaced, 0: none */
-} control_state;
-_Static_assert(sizeof(control_state) == 64, "control state");
-
 typedef struct {
     char     magic[8];             /*   0 */
     uint32_t format;
@@ -347,24 +359,22 @@ typedef struct {
     control_manifest manifest[2];  /*  72  the one in force, the coming one */
     uint8_t  zero1[56];            /* 136 */
     uint64_t index_nonce;          /* 192  the index to use, 0: none.  Every get reads this line. */
-    uint8_t  zero2[56];
-    uint64_t seq;                  /* 256  selects the state block */
+    uint64_t epoch;                /* 200  of the MANIFEST in force, or of the coming one that clears the store */
+    uint8_t  zero2[48];
+    uint64_t begun_version;        /* 256  of the last record that was begun */
     uint64_t reserved_end;         /* 264  bytes up to here may hold an unfinished record */
     uint64_t durable_number;       /* 272  on the device up to here */
     uint64_t durable_end;          /* 280 */
     uint64_t sync_failed;          /* 288  errno of a sync that failed */
     uint64_t batch_pending;        /* 296  reserved: location of a committed batch whose slots are not all set */
     uint64_t batch_count;          /* 304  reserved */
-    uint64_t zero3;
-    control_state state[2];        /* 320 */
-    uint8_t  zero4[PAGE_BYTES - 448];
+    uint8_t  zero3[PAGE_BYTES - 312];
 } control_page;
 enum { CONTROL_NOTES = 32, CONTROL_NOTES_END = 136 };   /* what a writer notes while the page is still clean */
 _Static_assert(offsetof(control_page, boot) == CONTROL_NOTES, "control");
 _Static_assert(offsetof(control_page, zero1) == CONTROL_NOTES_END, "control");
 _Static_assert(offsetof(control_page, index_nonce) == 192, "control");
-_Static_assert(offsetof(control_page, seq) == 256, "control");
-_Static_assert(offsetof(control_page, state) == 320, "control");
+_Static_assert(offsetof(control_page, begun_version) == 256, "control");
 _Static_assert(sizeof(control_page) == PAGE_BYTES, "control");
 
 #endif

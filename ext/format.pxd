@@ -67,6 +67,12 @@ cdef extern from "format.h" nogil:
         char magic[8]
         uint32_t format, crc
         uint64_t identity, epoch, nonce, directory, pages, clean_directory
+    ctypedef struct index_state:
+        uint64_t seq, number, end, version, keys, live_bytes, log_bytes, previous
+    ctypedef struct index_page:
+        index_header header
+        uint64_t seq
+        index_state state[2]
     ctypedef struct shard_header:
         uint32_t crc, intact, cls, depth
         uint64_t prefix, used
@@ -82,8 +88,6 @@ cdef extern from "format.h" nogil:
     const unsigned CONTROL_NOTES, CONTROL_NOTES_END
     ctypedef struct control_manifest:
         uint64_t generation, inode, ctime, noted
-    ctypedef struct control_state:
-        uint64_t seq, number, end, version, keys, live_bytes, log_bytes, previous
     ctypedef struct control_page:
         char magic[8]
         uint32_t format, crc
@@ -91,5 +95,4 @@ cdef extern from "format.h" nogil:
         uint8_t boot[16]
         uint64_t device, inode, index_inode
         control_manifest manifest[2]
-        uint64_t index_nonce, seq, reserved_end, durable_number, durable_end, sync_failed
-        control_state state[2]
+        uint64_t index_nonce, epoch, begun_version, reserved_end, durable_number, durable_end, sync_failed

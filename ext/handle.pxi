@@ -20,9 +20,13 @@ cdef int check_value(Log log, record_view *r, uint64_t location) except -1:
 
 cdef inline int current(Log log) except -1:
     """Before every read: the handle is open, and the index is still the one to use."""
+    cdef control_page *c
     if log is None or log.closed:
         raise ClosedError("the store is closed")
-    if log.shared != NULL and atomic_load(&log.shared.index_nonce) != log.nonce and not log.writable:
+    c = log.control
+    if not log.writable and c != NULL and (
+            atomic_load(&c.index_nonce) != log.nonce or atomic_load(&c.epoch) != log.epoch or
+            log.index.private and atomic_load(&c.begun_version) != log.begun):
         log.owner._index_changed()
     return 0
 
@@ -208,12 +212,14 @@ cdef class StoreIterator:
             if self.at + PREFETCH_AHEAD < self.count:
                 prefetch_record(self.log, self.locations[self.at + PREFETCH_AHEAD])
             status = read_record(self.log, location, &r)
-            if status < 0:
-                settle(self.log, status)
-                continue
             self.at += 1
-            if atomic_load(&self.log.control.seq) != self.seq:
-                key.data, key.size = r.key, r.key_length
+            if status < 0:
+                settle(self.log, status)        # if it raises, the next call goes on behind this record
+                self.at -= 1
+                continue
+            if atomic_load(&self.log.index.page.seq) != self.seq:
+                found = PyBytes_FromStringAndSize(<const char *> r.key, r.key_length)  # `find` may unmap the record
+                key_bytes(found, &key)
                 if find(self.log, key, &p) == MISSING:
                     continue
                 r, location = p.record, p.location
@@ -237,7 +243,7 @@ cdef class StoreIterator:
         cdef int status
         while True:
             current(self.log)
-            self.seq = atomic_load(&self.log.control.seq)
+            self.seq = atomic_load(&self.log.index.page.seq)
             status = find_entry(self.log, self.cursor, &word, &entry)
             if status < 0:
                 settle(self.log, status)

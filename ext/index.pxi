@@ -146,17 +146,33 @@ cdef inline int probe(Log log, const uint8_t *key, size_t size, uint64_t h, uint
 cdef int compare_own(Log log, record_view *r, int status, uint64_t h, uint64_t location, uint64_t own) noexcept nogil:
     """In a rebuild: whether the entry at `location` is for the key of the record at `own`; FOUND or MISSING.
 
-    A damaged key is no key: its entry stays beside the other, so that a get of it raises and never serves an
-    older value.
+    A damaged record has the hash that its segment's footer gives.  Where there is none its entry stays beside the
+    other, so that a get of it raises and never serves an older value.
     """
     cdef record_view mine
+    cdef uint64_t hash_there
     if location == own:
         return FOUND
-    if status == DAMAGED and log.trouble_status != RECORD_BAD_CRC or siphash13(log.seed, r.key, r.key_length) != h:
+    if status == DAMAGED:
+        return FOUND if footer_hash(log, location, &hash_there) and hash_there == h else MISSING
+    if siphash13(log.seed, r.key, r.key_length) != h:
         return MISSING
     if read_record(log, own, &mine) == FOUND:
         return mine.key_length == r.key_length and memcmp(mine.key, r.key, r.key_length) == 0
     return FOUND
+
+
+cdef bint footer_hash(Log log, uint64_t location, uint64_t *h) noexcept nogil:
+    """What a footer that was read in this rebuild says of a record."""
+    cdef Chunk *chunk = &log.chunks[location >> CHUNK_UNIT_SHIFT]
+    cdef uint64_t i, unit = location - chunk.origin
+    chunk = &log.chunks[chunk.origin >> CHUNK_UNIT_SHIFT]
+    if chunk.entries != NULL:
+        for i in range(chunk.count):
+            if chunk.entries[i].unit == unit:
+                h[0] = chunk.entries[i].hash
+                return True
+    return False
 
 
 cdef inline bint has_empty(uint64_t *slots) noexcept nogil:
@@ -271,12 +287,32 @@ cdef inline int rehash(Log log, uint64_t value, uint64_t *h) noexcept nogil:
     """A slot's whole hash, from the key in the log; the tag tells whether that key is undamaged."""
     cdef record_view r
     cdef int status = read_record(log, value & LOCATION_MASK, &r)
-    if status == UNMAPPED:
-        return status
-    if status == DAMAGED and log.trouble_status != RECORD_BAD_CRC:
-        return status
-    h[0] = siphash13(log.seed, r.key, r.key_length)
-    return FOUND if h[0] >> TAG_SHIFT == value >> TAG_SHIFT else DAMAGED
+    if status == FOUND or status == DAMAGED and log.trouble_status == RECORD_BAD_CRC:
+        h[0] = siphash13(log.seed, r.key, r.key_length)
+        if h[0] >> TAG_SHIFT == value >> TAG_SHIFT:
+            return FOUND
+        status = DAMAGED
+    if status == DAMAGED and footer_hash(log, value & LOCATION_MASK, h):
+        return FOUND
+    return status
+
+
+cdef void place_everywhere(uint8_t *shard, unsigned cls, uint64_t bucket, uint64_t value, uint8_t *target,
+                           unsigned to_cls) noexcept nogil:
+    """An entry whose record is damaged goes wherever its key may be looked for: a get of it raises, as before."""
+    cdef uint64_t first = bucket, last, buckets = SHARD_BUCKETS[cls], steps = 0, home
+    while steps < 64 and not has_empty(bucket_at(shard, first - 1 if first else buckets - 1)):
+        first = first - 1 if first else buckets - 1
+        steps += 1
+    while True:
+        home = (first << 32) // buckets * SHARD_BUCKETS[to_cls] >> 32
+        last = min(((first + 1) << 32) // buckets * SHARD_BUCKETS[to_cls] >> 32, SHARD_BUCKETS[to_cls] - 1)
+        while home <= last:
+            place(target, to_cls, home, value)
+            home += 1
+        if first == bucket:
+            return
+        first = first + 1 if first + 1 < buckets else 0
 
 
 cdef int grow_shard(Log log, uint64_t h) noexcept nogil:
@@ -359,6 +395,7 @@ cdef int copy_entries(Log log, uint8_t *shard, unsigned cls, uint8_t *low, uint8
     """
     cdef uint64_t bucket, value, h
     cdef uint64_t waiting[64]
+    cdef uint64_t stood[64]
     cdef uint64_t *slots
     cdef uint8_t *target
     cdef Chunk *chunk
@@ -370,10 +407,13 @@ cdef int copy_entries(Log log, uint8_t *shard, unsigned cls, uint8_t *low, uint8
         if n > 56 or bucket == buckets:
             for i in range(n):
                 status = rehash(log, waiting[i], &h)
-                if status < 0:
+                target = high if (waiting[i] >> split_bit) & 1 else low
+                if status == FOUND:
+                    place(target, to_cls, home_bucket(h, to_cls), waiting[i])
+                elif status == DAMAGED:
+                    place_everywhere(shard, cls, stood[i], waiting[i], target, to_cls)
+                else:
                     return status
-                target = high if (h >> split_bit) & 1 else low
-                place(target, to_cls, home_bucket(h, to_cls), waiting[i])
             n = 0
         if bucket == buckets:
             break
@@ -388,7 +428,7 @@ cdef int copy_entries(Log log, uint8_t *shard, unsigned cls, uint8_t *low, uint8
             else:
                 chunk = &log.chunks[(value & LOCATION_MASK) >> CHUNK_UNIT_SHIFT]
                 prefetch(chunk.base + (((value & LOCATION_MASK) - chunk.origin) << LOCATION_UNIT_SHIFT))
-                waiting[n] = value
+                waiting[n], stood[n] = value, bucket
                 n += 1
     return FOUND
 
@@ -416,6 +456,7 @@ cdef int take_index(Log log, uint8_t *base, uint64_t mapped, uint64_t pages, bin
         log.unmap(<size_t> log.index.base)
     log.index.base = base
     log.index.header = <index_header *> base
+    log.index.page = <index_page *> base
     log.index.mapped = mapped
     log.index.pages = pages
     log.index.private = private
@@ -437,8 +478,6 @@ def create_index(Log log, fd, uint64_t expected, uint64_t epoch, uint64_t nonce)
     if fd is None:
         mapped = pages * PAGE_BYTES
         base = log.map_memory(mapped)
-        memset(&log.own, 0, sizeof(log.own))
-        log.control = &log.own
     else:
         base = log.map_file(fd, max(INDEX_RESERVE, 4 * pages * PAGE_BYTES), pages * PAGE_BYTES, &mapped)
     take_index(log, base, mapped, pages, fd is None)
@@ -457,6 +496,7 @@ def create_index(Log log, fd, uint64_t expected, uint64_t epoch, uint64_t nonce)
         directory[i] = ENTRY(page, cls, depth)
         page += SHARD_PAGES[cls]
     atomic_store(&header.directory, DIRECTORY_WORD(1, depth, 1))
+    log.seq = log.version = log.keys = log.live_bytes = log.log_bytes = 0
 
 
 def attach_index(Log log, int fd, uint64_t size, uint64_t epoch, uint64_t nonce, bint clean) -> str | None:
@@ -523,23 +563,25 @@ cdef str why_not(Log log, uint8_t *base, uint64_t pages, uint64_t epoch, uint64_
 
 
 cdef uint32_t index_crc(uint8_t *base) noexcept nogil:
-    cdef index_header header = (<index_header *> base)[0]
-    cdef uint64_t word = header.directory
-    header.crc = 0
-    header.directory = 0
-    return crc32c(crc32c(0, &header, sizeof(header)), base + DIRECTORY_PAGE(word) * PAGE_BYTES,
+    cdef index_page page = (<index_page *> base)[0]
+    cdef uint64_t word = page.header.directory
+    page.header.crc = 0
+    page.header.directory = 0
+    return crc32c(crc32c(0, &page, sizeof(page)), base + DIRECTORY_PAGE(word) * PAGE_BYTES,
                   <uint64_t> 8 << DIRECTORY_DEPTH(word))
 
 
-cdef uint32_t shard_crc(uint8_t *shard) noexcept nogil:
-    return crc32c(0, shard + 8, <uint64_t> SHARD_PAGES[(<shard_header *> shard).cls % SHARD_CLASSES] * PAGE_BYTES - 8)
+cdef uint32_t shard_crc(uint8_t *shard, unsigned cls) noexcept nogil:
+    return crc32c(0, shard + 8, <uint64_t> SHARD_PAGES[cls] * PAGE_BYTES - 8)
 
 
 cdef bint check_shard(Log log, uint64_t page) except -1:
     """At a shard's first use: compares its checksum, unless a writer has changed it since."""
     cdef uint8_t *shard = log.index.base + page * PAGE_BYTES
     cdef shard_header *header = <shard_header *> shard
-    if header.intact and header.crc != shard_crc(shard):
+    cdef unsigned cls = header.cls      # it may be what is damaged
+    if header.intact and (cls >= SHARD_CLASSES or page + SHARD_PAGES[cls] > log.index.pages or
+                          header.crc != shard_crc(shard, cls)):
         atomic_fence()
         if header.intact:
             return False
@@ -556,7 +598,7 @@ def seal_index(Log log) -> None:
         for i in range(<uint64_t> 1 << DIRECTORY_DEPTH(word)):
             shard = log.index.base + ENTRY_PAGE(directory[i]) * PAGE_BYTES
             if not (<shard_header *> shard).intact:
-                (<shard_header *> shard).crc = shard_crc(shard)
+                (<shard_header *> shard).crc = shard_crc(shard, ENTRY_CLASS(directory[i]))
                 (<shard_header *> shard).intact = 1
     log.index.header.clean_directory = word
     log.index.header.crc = index_crc(log.index.base)
@@ -577,6 +619,7 @@ def extend_index(Log log, fd, uint64_t pages) -> None:
         log.unmap(<size_t> ix.base)
         ix.base = base
         ix.header = <index_header *> base
+        ix.page = <index_page *> base
         ix.mapped = mapped
     ix.pages = pages
     if log.writable or ix.private:

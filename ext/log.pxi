@@ -5,11 +5,14 @@ cdef struct Chunk:          # where a location leads
     uint64_t limit          # bytes of the segment that the file is known to have
     uint64_t origin         # location of the segment's first byte
     uint32_t salt
+    const footer_entry *entries     # of the segment's footer, if a rebuild has read it; only in its first chunk
+    uint64_t count
 
 
 cdef struct Index:
     uint8_t *base
     index_header *header    # base again
+    index_page *page        # and again: the state of the store as this index has it
     uint64_t mapped         # bytes
     uint64_t pages          # that are known to be there
     uint8_t *checked        # a byte a page where a shard begins: its checksum was compared; NULL: nothing left to compare
@@ -44,11 +47,11 @@ cdef class Log:
         readonly uint64_t identity
         uint64_t seed[2]
         Chunk *chunks
-        control_page *shared        # the mapped page; NULL: there is none
-        control_page *control       # where the state is kept: the shared page, or one of our own
-        control_page own
+        control_page *control       # NULL: there is none
         Index index
-        readonly uint64_t nonce     # of shared.index_nonce, when the index was taken
+        readonly uint64_t nonce     # what control said when the index was taken: its nonce,
+        uint64_t epoch              # the store's epoch,
+        uint64_t begun              # and the last record that was begun
         Active active
         uint64_t seq, version, keys, live_bytes, log_bytes
         uint64_t trouble            # the location, or the number of pages, that a status is about
@@ -72,7 +75,6 @@ cdef class Log:
         self.mappings = []
         self.segments = {}
         memcpy(self.seed, PyBytes_AS_STRING(seed), 16)
-        self.control = &self.own
         self.chunks = <Chunk *> self.map_memory(CHUNK_COUNT * sizeof(Chunk))
 
     def __dealloc__(self):
@@ -82,10 +84,10 @@ cdef class Log:
         self.closed = self.refusing = True
         self.writable = False
         self.chunks = NULL
-        self.shared = NULL
-        self.control = &self.own
+        self.control = NULL
         self.index.base = NULL
         self.index.header = NULL
+        self.index.page = NULL
         free(self.index.checked)
         self.index.checked = NULL
         memset(&self.active, 0, sizeof(self.active))
@@ -147,7 +149,6 @@ cdef class Log:
         self.check_open()
         cdef uint64_t mapped, wanted, i, run = (capacity + CHUNK_BYTES - 1) >> CHUNK_SHIFT
         cdef Chunk *entry = &self.chunks[chunk]
-        cdef segment_header *header
         if chunk + run > CHUNK_COUNT:
             raise FormatError(f"segment {number} lies beyond the end of the location space (chunk {chunk} of {CHUNK_COUNT})")
         if entry.base != NULL and self.segments[chunk][1] >= size:
@@ -157,21 +158,13 @@ cdef class Log:
         wanted = max(capacity, size)
         cdef uint8_t *base = self.map_file(fd, wanted, size, &mapped)
         if size >= SEGMENT_HEADER_BYTES:
-            header = <segment_header *> base
-            if header.crc == crc32c(0, header, SEGMENT_HEADER_BYTES - 4):
-                if header.identity != self.identity:
-                    raise CorruptionError(f"segment {number} belongs to another store", segment=number, offset=32,
-                                          expected=f"identity {self.identity:016x}", found=f"{header.identity:016x}")
-                if header.format != FORMAT_VERSION or header.incompatible or (
-                        header.read_compatible and self.writable):
-                    raise FormatError(f"segment {number} was written by a newer version of LogKV (format "
-                                      f"{header.format}, features {header.incompatible:x}); this one knows format "
-                                      f"{FORMAT_VERSION}")
+            check_header(<segment_header *> base, number, self.identity, self.writable)
         for i in range(run):
             entry[i].base = base
             entry[i].limit = min(size, mapped)
             entry[i].origin = chunk << CHUNK_UNIT_SHIFT
             entry[i].salt = salt
+            entry[i].entries = NULL
         self.segments[chunk] = (<size_t> base, mapped, run)
 
     def forget_segments(self) -> None:
@@ -202,27 +195,26 @@ cdef class Log:
     # -- control page -----------------------------------------------------------------------------------
 
     def map_control(self, int fd) -> None:
-        """Maps the control page (4,096 bytes) and takes it as the home of the state."""
+        """Maps the control page (4,096 bytes)."""
         cdef uint64_t mapped
-        self.shared = <control_page *> self.map_file(fd, PAGE_BYTES, PAGE_BYTES, &mapped)
-        self.control = self.shared
+        self.control = <control_page *> self.map_file(fd, PAGE_BYTES, PAGE_BYTES, &mapped)
 
     def begin_control(self) -> None:
         """Fills a new control page: nothing in it is believed yet."""
-        memset(self.shared, 0, PAGE_BYTES)
-        memcpy(self.shared.magic, CONTROL_MAGIC, 8)
-        self.shared.format = FORMAT_VERSION
-        self.shared.identity = self.identity
+        memset(self.control, 0, PAGE_BYTES)
+        memcpy(self.control.magic, CONTROL_MAGIC, 8)
+        self.control.format = FORMAT_VERSION
+        self.control.identity = self.identity
 
     @property
     def trust(self) -> dict:
         """What the control page says of itself, or an empty dict if it says nothing that can be read."""
-        cdef control_page *c = self.shared
+        cdef control_page *c = self.control
         cdef uint32_t crc
         if c == NULL or memcmp(c.magic, CONTROL_MAGIC, 8) or c.format != FORMAT_VERSION or c.identity != self.identity:
             return {}
         return {
-            "clean": c.clean if c.crc == control_crc(c) else 0,
+            "clean": c.clean, "intact": c.clean == 0 or c.crc == control_crc(c),
             "boot": (<char *> c.boot)[:16],
             "device": c.device, "inode": c.inode, "index_inode": c.index_inode, "nonce": c.index_nonce,
             "manifests": [(c.manifest[i].generation, c.manifest[i].inode, c.manifest[i].ctime, c.manifest[i].noted)
@@ -233,20 +225,20 @@ cdef class Log:
 
     def trust_index(self, bytes boot, uint64_t device, uint64_t inode, uint64_t index_inode, uint64_t nonce) -> None:
         """Says under which circumstances the index is right; the nonce last, as readers wait for it."""
-        memcpy(self.shared.boot, PyBytes_AS_STRING(boot), 16)
-        self.shared.device = device
-        self.shared.inode = inode
-        self.shared.index_inode = index_inode
+        memcpy(self.control.boot, PyBytes_AS_STRING(boot), 16)
+        self.control.device = device
+        self.control.inode = inode
+        self.control.index_inode = index_inode
         self.nonce = nonce
-        atomic_store(&self.shared.index_nonce, nonce)
+        atomic_store(&self.control.index_nonce, nonce)
 
     def distrust_index(self) -> None:
         """No process takes the index from here on."""
-        atomic_store(&self.shared.index_nonce, 0)
+        atomic_store(&self.control.index_nonce, 0)
 
     def note_manifest(self, bint coming, uint64_t generation, uint64_t inode, uint64_t ctime) -> None:
         """Vouches for a MANIFEST: the coming one before its rename, then the one in force."""
-        cdef control_manifest *m = &self.shared.manifest[coming]
+        cdef control_manifest *m = &self.control.manifest[coming]
         m.generation = 0
         atomic_store(&m.inode, inode)
         atomic_store(&m.ctime, ctime)
@@ -255,64 +247,62 @@ cdef class Log:
 
     def mark_dirty(self) -> None:
         """Clears the clean mark; to be synced before the first store into log or index."""
-        atomic_store(&self.shared.clean, 0)
+        atomic_store(&self.control.clean, 0)
 
     def mark_clean(self, uint64_t generation) -> None:
         """Sets the clean mark, when log and index are on the device."""
-        cdef control_page page = self.shared[0]
+        cdef control_page page = self.control[0]
         page.clean = generation
-        self.shared.crc = control_crc(&page)
-        atomic_store(&self.shared.clean, generation)
+        self.control.crc = control_crc(&page)
+        atomic_store(&self.control.clean, generation)
 
-    def use_shared_state(self, uint64_t nonce) -> None:
-        """Takes the state from the control page again, for the index of that nonce."""
-        self.control = self.shared
-        self.nonce = nonce
+    def note_epoch(self, uint64_t epoch) -> None:
+        """The store's epoch, or the one that it is about to begin: readers then look at the MANIFEST."""
+        atomic_store(&self.control.epoch, epoch)
 
     @property
-    def shared_nonce(self) -> int:
-        """The nonce of the index to use; 0: there is none."""
-        return 0 if self.shared == NULL else atomic_load(&self.shared.index_nonce)
+    def signs(self) -> tuple:
+        """What the control page says to readers: (nonce of the index, epoch, last version begun); zeros without one."""
+        if self.control == NULL:
+            return 0, 0, 0
+        return (atomic_load(&self.control.index_nonce), atomic_load(&self.control.epoch),
+                atomic_load(&self.control.begun_version))
 
-    def accept_nonce(self, uint64_t nonce) -> None:
-        """Goes on with the index that is there until the control page names another than this."""
-        self.nonce = nonce
+    def heed(self, tuple signs) -> None:
+        """Goes on with the index that is there until the control page says something else than this."""
+        self.nonce, self.epoch, self.begun = signs
 
     def note_sync_failure(self, int number) -> None:
-        if self.shared != NULL:
-            self.shared.sync_failed = number
+        if self.control != NULL:
+            self.control.sync_failed = number
 
     def note_durable(self, uint64_t number, uint64_t end) -> None:
         """A sync has returned that covered the log up to there."""
-        self.shared.durable_number = number
-        self.shared.durable_end = end
+        self.control.durable_number = number
+        self.control.durable_end = end
 
     # -- state ------------------------------------------------------------------------------------------
 
     cdef void load_state(self) noexcept nogil:
         """The current state block; read again if the writer changed it meanwhile."""
         cdef uint64_t seq
-        cdef control_state *s
+        cdef index_page *page = self.index.page
+        cdef index_state *s
         while True:
-            seq = atomic_load(&self.control.seq)
-            s = &self.control.state[seq & 1]
+            seq = atomic_load(&page.seq)
+            s = &page.state[seq & 1]
             self.version, self.keys = s.version, s.keys
             self.live_bytes, self.log_bytes = s.live_bytes, s.log_bytes
             atomic_fence()
-            if atomic_load(&self.control.seq) == seq:
+            if atomic_load(&page.seq) == seq:
                 self.seq = seq
                 return
 
     def restore_state(self) -> tuple:
-        """Takes the state from the control page: (file number, end, last version) of the log it belongs to."""
+        """Takes the state from the index: (file number, end, last version) of the log that it belongs to."""
         self.load_state()
-        cdef control_state *s = &self.control.state[self.seq & 1]
+        cdef index_state *s = &self.index.page.state[self.seq & 1]
         return s.number, s.end, s.version
-
-    def reset_state(self) -> None:
-        """An empty store's state, for an index that is to be rebuilt."""
-        self.version = self.keys = self.live_bytes = self.log_bytes = 0
-        self.seq = atomic_load(&self.control.seq)
 
     def settle_state(self, uint64_t number, uint64_t end, uint64_t version, log_bytes=None) -> None:
         """States where the log ends now."""
@@ -357,6 +347,25 @@ cdef class Log:
         self.unsynced_since = 0 if self.version <= version else version + 1
 
 
+cdef int check_header(segment_header *header, uint64_t number, uint64_t identity, bint writable) except -1:
+    """What a whole header says must fit; a damaged one says nothing, and the records tell for themselves."""
+    if header.crc != crc32c(0, header, SEGMENT_HEADER_BYTES - 4):
+        return 0
+    if header.format != FORMAT_VERSION or header.incompatible or header.read_compatible and writable:
+        raise FormatError(f"segment {number} was written by a newer version of LogKV (format {header.format}, features "
+                          f"{header.incompatible:x}); this one knows format {FORMAT_VERSION}")
+    if header.identity != identity:
+        raise CorruptionError("a segment belongs to another store", segment=number, offset=32,
+                              expected=f"identity {identity:016x}", found=f"{header.identity:016x}")
+    return 0
+
+
+def check_segment_header(bytes header, uint64_t number, uint64_t identity) -> None:
+    """Raises FormatError for the header of a newer version, CorruptionError for one of another store."""
+    if len(header) >= SEGMENT_HEADER_BYTES:
+        check_header(<segment_header *> PyBytes_AS_STRING(header), number, identity, True)
+
+
 cdef uint32_t control_crc(control_page *page) noexcept nogil:
     cdef uint32_t crc = crc32c(0, page, 12)
     crc = crc32c(crc, <uint8_t *> page + 16, CONTROL_NOTES - 16)
@@ -370,7 +379,7 @@ cdef inline void commit(Log log, uint64_t number, uint64_t end, uint64_t version
     A kill before the slot: the record behind the end is replayed.  After it: the index has the record and the
     block is whole, so it is made current (`adopt_last`).
     """
-    cdef control_state *s = &log.control.state[(log.seq + 1) & 1]
+    cdef index_state *s = &log.index.page.state[(log.seq + 1) & 1]
     log.version = version
     s.number = number
     s.end = end
@@ -383,7 +392,7 @@ cdef inline void commit(Log log, uint64_t number, uint64_t end, uint64_t version
     if slot != NULL:
         atomic_store(slot, value)
     log.seq += 1
-    atomic_store(&log.control.seq, log.seq)
+    atomic_store(&log.index.page.seq, log.seq)
 
 
 cdef int settle(Log log, int status) except -1:

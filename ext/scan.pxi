@@ -135,8 +135,8 @@ cdef inline void prefetch_bucket(Log log, uint64_t h) noexcept nogil:
 
 def adopt_last(Log log, uint64_t chunk) -> None:
     """Completes an operation whose slot is set but whose state block was not made current by a kill."""
-    cdef control_state *now = &log.control.state[log.seq & 1]
-    cdef control_state *other = &log.control.state[(log.seq + 1) & 1]
+    cdef index_state *now = &log.index.page.state[log.seq & 1]
+    cdef index_state *other = &log.index.page.state[(log.seq + 1) & 1]
     cdef Scan s
     cdef record_view r
     cdef Probe p
@@ -155,7 +155,7 @@ def adopt_last(Log log, uint64_t chunk) -> None:
             break
         settle(log, status)
     if (status == FOUND and p.location == location) if r.kind == KIND_PUT else status == MISSING:
-        atomic_store(&log.control.seq, log.seq + 1)
+        atomic_store(&log.index.page.seq, log.seq + 1)
         log.load_state()
 
 
@@ -184,6 +184,7 @@ def replay_footer(Log log, uint64_t number, uint64_t chunk, uint64_t end) -> tup
     for i in range(header.entries):
         if <uint64_t> entries[i].unit << LOCATION_UNIT_SHIFT >= end:
             return None
+    segment.entries, segment.count = entries, header.entries
     log.log_bytes += end - SEGMENT_HEADER_BYTES
     for i in range(header.entries):
         e = &batch[n]

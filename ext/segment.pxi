@@ -78,6 +78,7 @@ cdef inline uint64_t write_record(Log log, uint8_t kind, Bytes key, Bytes value,
     cdef Active *a = &log.active
     cdef uint64_t version = next_version(log)
     atomic_store(&log.control.reserved_end, a.end + need)
+    atomic_store(&log.control.begun_version, version)
     record_pack(a.base + a.end, a.salt, a.end, kind, version, key.data, <uint32_t> key.size,
                 value.data, <uint32_t> value.size)
     return version

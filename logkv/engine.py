@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 import os
-import time
 from typing import Any
 
 from logkv import _core, files, manifest, recovery
 from logkv.errors import CorruptionError, Error, FormatError, NotFoundError
-from logkv.manifest import Manifest, Segment
+from logkv.manifest import Instance, Manifest, Segment
 
 ATTEMPTS = 50       # to see MANIFEST and control page of one moment while a writer changes both
 
@@ -30,7 +29,8 @@ class Engine:
         self.log: _core.Log
         self.recovered: dict[str, Any] = {}
         self._control_fd = -1
-        self._epoch = 0
+        self.promised = (0, 0)          # (file number, offset) that the log must reach
+        self._epoch = 0                 # of the index that is in use
         try:
             self._open()
         except BaseException:
@@ -40,17 +40,19 @@ class Engine:
     # -- opening and closing ----------------------------------------------------------------------------
 
     def _open(self) -> None:
-        self.manifest = self._read_manifest()
-        self._epoch = self.manifest.epoch
+        self.manifest, _ = self._read_manifest()
         self.log = _core.Log(self, self.manifest.identity, self.manifest.seed, False)
         self._map_control()
         self._take_index()
 
-    def _read_manifest(self) -> Manifest:
+    def _read_manifest(self) -> tuple[Manifest, Instance]:
         found = manifest.read(self.directory, writable=self.writable)
         if found is None:
-            raise no_store(self.directory)
-        return found[0]
+            problem = no_store(self.directory)
+            found = manifest.read(self.directory, writable=self.writable)   # a store may just have been created
+            if found is None:
+                raise problem
+        return found
 
     def _map_control(self) -> bool:
         """Maps the control page, if there is one to be read."""
@@ -58,38 +60,36 @@ class Engine:
             fd = self.directory.open(files.CONTROL, writable=self.writable)
         except OSError:
             return False
-        self._control_fd = fd
         if os.fstat(fd).st_size < _core.PAGE:
+            os.close(fd)
             return False
+        self._control_fd = fd
         self.log.map_control(fd)
         return True
 
     def _take_index(self) -> None:
         """The store's index if it can be trusted, else one of our own."""
-        why = "no control page"
-        nonce = 0
         for _ in range(ATTEMPTS):
-            nonce = self.log.shared_nonce
-            found = manifest.read(self.directory)
-            if found is None:
-                raise no_store(self.directory)
-            self.manifest, instance = found
+            signs = self.log.signs
+            self.manifest, instance = self._read_manifest()
             trust = recovery.trust(self.directory, self.log, self._control_fd, instance)
+            why = trust.why
             if trust.index:
-                epoch = self.manifest.epoch
-                problem = self._attach_index(trust.clean, nonce)
+                problem = self._attach_index(trust.clean, signs[0])
                 if problem is None:
-                    self.log.use_shared_state(nonce)
-                    if epoch != self._epoch:
-                        self.log.forget_segments()
-                        self._epoch = epoch
+                    self._now_in(self.manifest.epoch, signs)
                     return
                 why = problem
-            else:
-                why = trust.why
-            if self.log.shared_nonce == nonce and not self._writer_lives():
+            if self.log.signs == signs and self._read_manifest()[1] == instance and not self._writer_lives():
                 break
-        self._build_own_index(why, nonce)
+        self._build_own_index(why)
+
+    def _now_in(self, epoch: int, signs: tuple[int, int, int]) -> None:
+        """The index is taken: it belongs to this epoch, and is good until the control page shows other signs."""
+        if epoch != self._epoch:
+            self.log.forget_segments()
+            self._epoch = epoch
+        self.log.heed((signs[0], epoch if signs[1] else 0, signs[2]))
 
     def _attach_index(self, clean: bool, nonce: int) -> str | None:
         try:
@@ -104,12 +104,25 @@ class Engine:
     def _keep_index(self, fd: int) -> None:
         os.close(fd)
 
-    def _build_own_index(self, why: str, nonce: int) -> None:
-        """An index in this process's memory, of the log as it is now."""
-        _core.create_index(self.log, None, 0, self.manifest.epoch, nonce)
-        self.log.accept_nonce(nonce)
-        self.log.reset_state()
-        recovery.rebuild(self, why)
+    def _build_own_index(self, why: str) -> None:
+        """An index in this process's memory, of the log as it is now.  A store that is written meanwhile, or was not
+        to be trusted, is looked at again as soon as the control page changes."""
+        for attempt in range(ATTEMPTS):
+            signs = self.log.signs
+            self.manifest, instance = self._read_manifest()
+            self.promised = recovery.promised(self.log, instance)
+            self._now_in(self.manifest.epoch, signs)
+            try:
+                _core.create_index(self.log, None, recovery.expected_keys(self), self.manifest.epoch, signs[0])
+                recovery.rebuild(self, why)
+                return
+            except (CorruptionError, FileNotFoundError):
+                if not self._overtaken() or attempt == ATTEMPTS - 1:
+                    raise
+
+    def _overtaken(self) -> bool:
+        """Whether a writer has changed the list of segments since we read it."""
+        return not self.writable and self._read_manifest()[0].generation != self.manifest.generation
 
     def _writer_lives(self) -> bool:
         try:
@@ -171,35 +184,30 @@ class Engine:
         chunk = location >> _core.CHUNK_UNITS
         before = self.log.mapped(chunk)
         segment = self.manifest.segment_at(chunk)
-        for attempt in range(ATTEMPTS):
-            if segment is not None and (self.writable or self._exists(segment)):
+        try:
+            if segment is not None:
                 self.map_segment(segment)
                 return self.log.mapped(chunk) > before
-            if self.writable:
-                return False
-            if self.log.shared_nonce != self.log.nonce:     # the store was cleared
-                self._index_changed()
-                return True
-            self.manifest = self._read_manifest()
-            segment = self.manifest.segment_at(chunk)
-            time.sleep(0.001 if attempt else 0)
-        if segment is not None:
-            self.map_segment(segment)       # says what is missing
-        return False
-
-    def _exists(self, segment: Segment) -> bool:
-        try:
-            self.directory.stat(segment.name)
-        except FileNotFoundError:
+        except CorruptionError:
+            if not self._overtaken():
+                raise
+        if not self._overtaken():
             return False
+        self.manifest, _ = self._read_manifest()
+        if self.manifest.epoch != self._epoch:      # the store was cleared: all locations are others now
+            self._take_index()
         return True
 
     def _index_changed(self) -> None:
-        """The control page names another index than ours: take it, if it is whole."""
-        if self.log.shared_nonce == 0:      # a writer rebuilds it; until it writes, ours is as good
-            self.log.accept_nonce(0)
-        else:
+        """The control page says something new: another index, another epoch, or, where ours is our own, a write."""
+        signs = self.log.signs
+        if self._read_manifest()[0].epoch != self._epoch:
             self._take_index()
+        elif signs[0] == 0:             # a writer rebuilds the index; until it writes, ours is as good
+            self.log.heed((0, self._epoch if signs[1] else 0, signs[2]))
+        elif signs[0] != self.log.nonce or self.log.index_is_private:
+            self._take_index()
+        # else the store is about to be cleared, and is not yet
 
     def _index_grew(self) -> bool:
         """Maps pages of the index that were added; False if there are none."""
@@ -215,9 +223,8 @@ class Engine:
                 return True
         finally:
             os.close(fd)
-        return self.log.shared_nonce != self.log.nonce and self._retake()
-
-    def _retake(self) -> bool:
+        if self.log.signs[0] == self.log.nonce:
+            return False
         self._index_changed()
         return True
 
@@ -227,21 +234,20 @@ class Engine:
 
     def _index_damaged(self, why: str) -> None:
         """The index cannot be believed after all: one of our own takes its place."""
-        self._build_own_index(why, self.log.shared_nonce)
+        self._build_own_index(why)
 
     def refresh(self) -> None:
         """Looks at the store anew."""
         if not self.writable:
-            self.manifest = self._read_manifest()
-            if self.log.shared_nonce == 0 and self._control_fd < 0:
+            if self._control_fd < 0:
                 self._map_control()
-            if self.log.nonce != self.log.shared_nonce or self.log.index_is_private:
+            if self._read_manifest()[0].epoch != self._epoch or self.log.index_is_private:
                 self._take_index()
 
     def stats(self) -> dict[str, Any]:
         """What is known of the store now."""
         if not self.writable:
-            self.manifest = self._read_manifest()
+            self.manifest, _ = self._read_manifest()
         state = self.log.state
         index = _core.index_facts(self.log)
         segments = []

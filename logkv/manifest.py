@@ -126,6 +126,8 @@ class Manifest:
         features = fields["features"]
         if features[2] or features[1] and writable:
             raise FormatError(f"{path} asks for features {features} that this version of LogKV does not have")
+        if fields["options"]:
+            raise FormatError(f"{path} asks for options {fields['options']} that this version of LogKV does not have")
         if fields["hash"] != HASH:
             raise FormatError(f"{path} asks for the hash {fields['hash']!r}; this version of LogKV has {HASH!r}")
         return cls(

@@ -41,6 +41,8 @@ def trust(directory: files.Directory, log: _core.Log, control_fd: int, instance:
         return Trust(False, why="no control page to read")
     if not said["nonce"]:
         return Trust(False, why="no index was finished")
+    if not said["intact"]:
+        return Trust(False, why="the control page fails its checksum")
     if said["clean"] and said["clean"] == instance.generation:
         return Trust(True, clean=True)
     try:
@@ -102,7 +104,7 @@ def walk(engine: Engine, segment: Segment, start: int, version: int, *, trusted:
             segment, at, start = following, at + 1, START
             continue
         rest = segments[at + 1:]
-        if segment.end is not None and end != stop:
+        if segment.end is not None and end != stop or (segment.number, end) < engine.promised:
             raise _damage(engine, segment, end, reason)
         for behind in [] if trusted else [segment, *rest]:
             mark = _core.find_mark(log, behind.chunk, end if behind is segment else START, version)
@@ -141,6 +143,29 @@ def rebuild(engine: Engine, why: str) -> Tail:
     engine.recovered = {"index": "rebuilt", "why": why, "seconds": time.perf_counter() - began,
                         "footers_unreadable": scanned, "cut_bytes": 0}
     return tail
+
+
+def promised(log: _core.Log, instance: Instance) -> tuple[int, int]:
+    """(file number, offset) that a control page of a cleanly closed store says is on the device; else (0, 0)."""
+    said = log.trust
+    if said and said["intact"] and said["clean"] == instance.generation:
+        number, end = said["durable"]
+        return number, end
+    return 0, 0
+
+
+def check_headers(directory: files.Directory, current: manifest.Manifest) -> None:
+    """Raises FormatError, before anything is touched, if a newer version of LogKV went on with the log."""
+    for segment in current.segments:
+        if not segment.sealed:
+            try:
+                fd = directory.open(segment.name)
+            except OSError:
+                continue
+            try:
+                _core.check_segment_header(files.read_at(fd, START, 0), segment.number, current.identity)
+            finally:
+                os.close(fd)
 
 
 def expected_keys(engine: Engine) -> int:

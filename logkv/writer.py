@@ -96,7 +96,9 @@ class Writing(Engine):
     def _look(self) -> tuple[Manifest, Instance] | None:
         """The MANIFEST, or None where a store may be created; raises for anything else."""
         found = manifest.read(self.directory, writable=True)
-        if found is None:
+        if found is not None:
+            recovery.check_headers(self.directory, found[0])
+        else:
             problem = no_store(self.directory)
             if not (self._create_missing and isinstance(problem, NotFoundError)):
                 raise problem
@@ -112,6 +114,7 @@ class Writing(Engine):
         new.generation = 1
         segment = new.add_segment(self.options.segment_size)
         self._create_segment(new, segment)
+        self._allocate_control()        # a reader that finds the MANIFEST follows from there
         manifest.write_next(self.directory, new)
         manifest.adopt_next(self.directory)
 
@@ -127,18 +130,24 @@ class Writing(Engine):
         files.sync_data(fd)
         self.directory.sync()
 
-    def _open_control(self) -> None:
+    def _allocate_control(self) -> None:
         fd = self.directory.open(files.CONTROL, writable=True, create=True)
         try:
             files.allocate(fd, _core.PAGE)
         finally:
             os.close(fd)
+
+    def _open_control(self) -> None:
+        self._allocate_control()
         self._map_control()
         if not self.log.trust:
             self.log.begin_control()
 
     def _recover(self, instance: Instance) -> None:
+        self._epoch = self.manifest.epoch
+        self.promised = recovery.promised(self.log, instance)
         trust = recovery.trust(self.directory, self.log, self._control_fd, instance)
+        self.log.note_epoch(self.manifest.epoch)
         failed = self.log.trust["sync_failed"] and self.log.trust["boot"] == files.boot_id()
         tail = self._take_trusted(trust, instance) if trust.index else None
         if tail is None:
@@ -150,17 +159,18 @@ class Writing(Engine):
 
     def _take_trusted(self, trust: recovery.Trust, instance: Instance) -> recovery.Tail | None:
         """Goes on with the index that is there, and replays what it may lack; None if it is not right after all."""
-        nonce = self.log.shared_nonce
+        nonce = self.log.signs[0]
         problem = self._attach_index(trust.clean, nonce)
         if problem is None:
             files.allocate(self._index_fd, os.fstat(self._index_fd).st_size, whole=True)
-        number, end, version = self.log.restore_state()
-        segment = self.manifest.segment_numbered(number)
-        if problem is None and (segment is None or segment.sealed):
-            problem = f"it ends in segment {number}, which is not the active one"
-        if problem is not None or segment is None:
+            number, _, _ = self.log.restore_state()
+            segment = self.manifest.segment_numbered(number)
+            if segment is None or segment.sealed:
+                problem = f"it ends in segment {number}, which is not the active one"
+        if problem is not None:
             self.recovered = {"why": problem}
             return None
+        assert segment is not None
         self._vouch_manifest(instance)
         self._vouch_index(nonce)
         if trust.clean:
@@ -173,17 +183,19 @@ class Writing(Engine):
         return recovery.walk(self, segment, end, version, trusted=True)
 
     def _rebuild(self, why: str) -> recovery.Tail:
-        """A new index from the log, in a file of its own until it is whole."""
-        self.log.distrust_index()
-        self.log.mark_dirty()
-        files.sync_data(self._control_fd)
+        """A new index from the log, in a file of its own until it is whole.
+
+        Where the log is damaged this raises before the control page has changed: what that promised stays known.
+        """
         expected = recovery.expected_keys(self)
         self.directory.unlink(files.INDEX_NEXT)
         self._keep_index(self.directory.open(files.INDEX_NEXT, writable=True, create=True, exclusive=True))
         files.allocate(self._index_fd, _core.index_pages(expected) * _core.PAGE)
         _core.create_index(self.log, self._index_fd, expected, self.manifest.epoch, secrets.randbits(63) + 1)
-        self.log.reset_state()
         tail = recovery.rebuild(self, why)
+        self.log.distrust_index()
+        self.log.mark_dirty()
+        files.sync_data(self._control_fd)
         self.directory.rename(files.INDEX_NEXT, files.INDEX)
         return tail
 
@@ -516,12 +528,13 @@ class Writing(Engine):
             index_fd = self.directory.open(files.INDEX_NEXT, writable=True, create=True, exclusive=True)
             files.allocate(index_fd, _core.index_pages(0) * _core.PAGE)
             old = self.manifest.segments
+            self.log.note_epoch(new.epoch)      # readers look at the MANIFEST until the new index is named
             self._write_manifest(new)
             self.directory.rename(files.INDEX_NEXT, files.INDEX)
             self._keep_index(index_fd)
             _core.create_index(self.log, index_fd, 0, new.epoch, secrets.randbits(63) + 1)
             self.log.forget_segments()
-            self.log.reset_state()
+            self._epoch = new.epoch
             self._set_active(segment, os.fstat(self._fds[segment.number]).st_size, START + len(records))
             self.log.settle_state(segment.number, START + len(records), version, len(records))
             self._vouch_index(_core.index_nonce(self.log))
@@ -600,6 +613,7 @@ class Writing(Engine):
     def after_fork(self) -> None:
         """The child reads on; the lock stays the parent's alone."""
         self.writable = False
+        self.log.heed((self.log.signs[0], self._epoch, 0))
         os.close(self._lock_fd)
         self._lock_fd = -1
         self.log.become_reader()

@@ -512,3 +512,20 @@ def test_an_index_is_removed_before_anything_is_written(tmp_path: Path) -> None:
     generation = read_manifest(path)["generation"]
     BaselineStore(path).close()
     assert not (path / "index").exists() and read_manifest(path)["generation"] == generation + 1
+
+
+def test_what_is_cut_is_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    store = BaselineStore(path)
+    kept = store.put(b"a", b"1")
+    end = store._log[0].end
+    store[b"b"] = b"2" * 12  # no padding
+    store[b"c"] = b"3" * 11
+    stop = store._log[0].end
+    store._files.close()
+    overwrite(segment_file(path), end, b"\0")
+    cut = segment_file(path).read_bytes()[end:stop]
+    BaselineStore(path).close()
+    (aside,) = (path / "lost+found").iterdir()
+    assert aside.name == f"0000000001.seg.{end}-{stop}.{kept}" and aside.read_bytes() == cut
+    assert not segment_file(path).read_bytes()[end:].strip(b"\0")

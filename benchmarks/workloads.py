@@ -1,0 +1,299 @@
+"""Named workloads, each the same for every engine, with the number of keys and the seed as parameters.
+
+How they are measured, here and in `python -m benchmarks`:
+
+- n random keys of 16 bytes with random values of 100 bytes. The pairs are shuffled before the fill, so that their
+  order has nothing to do with where their objects lie in memory.
+- Keys that are looked up are other objects than those stored: equal bytes, made anew for every run in the order of
+  the loop, as when they come from a request or a file. So no hash is there already and no comparison is one of
+  addresses.
+- Plain `for` loops over the mapping. LogKV and the baseline verify a record's checksum at every get.
+- Every round has a fresh store in a fresh directory, and the engines take turns at each workload within a round. What
+  counts are the medians of the rounds, and for a ratio the median of the ratios within a round, so that a round on a
+  busy machine does not stand against one on an idle machine. The garbage collector is off while a workload runs.
+- The baseline in pure Python is slow: it gets a tenth of the keys.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import shutil
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterable, MutableMapping
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import logkv
+from benchmarks.baseline import BaselineStore
+
+KEY, VALUE = 16, 100
+Mapping = MutableMapping[bytes, bytes]
+Pair = tuple[bytes, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What is measured. `share`: it gets so much of the keys. Without `stored` there is nothing to open again."""
+
+    name: str
+    open: Callable[[Path], Mapping]
+    share: float = 1
+    stored: bool = True
+
+
+ENGINES = [
+    Engine("dict", lambda path: {}, stored=False),
+    Engine("logkv", lambda path: logkv.open(path)),
+    Engine("baseline", lambda path: BaselineStore(path), share=0.1),
+    Engine("baseline, unchecked", lambda path: BaselineStore(path, check=False), share=0.1),
+]
+
+
+# ---- the loops
+
+
+def store_pairs(db: Mapping, pairs: Iterable[Pair]) -> None:
+    for key, value in pairs:
+        db[key] = value
+
+
+def get_keys(db: Mapping, keys: Iterable[bytes]) -> None:
+    for key in keys:
+        db[key]
+
+
+def miss_keys(db: Mapping, keys: Iterable[bytes]) -> None:
+    for key in keys:
+        db.get(key)
+
+
+def walk_items(db: Mapping) -> None:
+    for _key, _value in db.items():
+        pass
+
+
+def delete_keys(db: Mapping, keys: Iterable[bytes]) -> None:
+    for key in keys:
+        del db[key]
+
+
+# ---- workloads on a store
+
+WORKLOADS = ["fill", "get", "miss", "items", "overwrite", "delete"]
+# One call each: open a store that was filled, after a clean close, after a kill, and without its index. They come
+# last, because `killed` forks: a dict's pages would be copied at the first store into each.
+OPENINGS = ["reopen", "killed", "recover"]
+
+
+class Bench:
+    """One engine's store, and the data for it. Not made for two workloads at a time."""
+
+    def __init__(self, engine: Engine, directory: Path, keys: int, seed: int = 1) -> None:
+        self.engine, self.keys = engine, max(1, int(keys * engine.share))
+        self.path = directory / engine.name.replace(", ", "-")
+        self._random = random.Random(seed)
+        self._db: Mapping | None = None
+        self._known = b""  # the keys that were stored
+
+    @property
+    def db(self) -> Mapping:
+        """The open store."""
+        if self._db is None:
+            self._db = self.engine.open(self.path)
+        return self._db
+
+    def close(self) -> None:
+        """Close the store; its directory stays."""
+        db, self._db = self._db, None
+        if db is not None and hasattr(db, "close"):
+            db.close()
+
+    def remove(self) -> None:
+        """Close the store and remove it."""
+        self.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def prepare(self, workload: str) -> Callable[[], object]:
+        """Do what must come before a workload; return the call that is to be timed."""
+        if workload == "fill":
+            self.remove()
+            self._known = self._random.randbytes(KEY * self.keys)
+            pairs = list(zip(_slices(self._known, KEY), self._values(), strict=True))
+            self._random.shuffle(pairs)
+            return partial(store_pairs, self.db, pairs)
+        if len(self.db) < self.keys:
+            self.prepare("fill")()
+        if workload == "get":
+            return partial(get_keys, self.db, self._fresh())
+        if workload == "miss":
+            return partial(miss_keys, self.db, _slices(self._random.randbytes(KEY * self.keys), KEY))
+        if workload == "items":
+            return partial(walk_items, self.db)
+        if workload == "overwrite":
+            return partial(store_pairs, self.db, list(zip(self._fresh(), self._values(), strict=True)))
+        if workload == "delete":
+            return partial(delete_keys, self.db, self._fresh())
+        self.close()
+        if workload == "killed":
+            in_child(partial(open_and_put, self.engine, self.path), kill=True)
+        elif workload == "recover":
+            (self.path / "index").unlink(missing_ok=True)
+        return lambda: self.db
+
+    def _fresh(self) -> list[bytes]:
+        """The stored keys in a random order, as new objects."""
+        order = list(range(0, len(self._known), KEY))
+        self._random.shuffle(order)
+        return [self._known[at : at + KEY] for at in order]
+
+    def _values(self) -> list[bytes]:
+        return _slices(self._random.randbytes(VALUE * self.keys), VALUE)
+
+
+def _slices(data: bytes, size: int) -> list[bytes]:
+    return [data[at : at + size] for at in range(0, len(data), size)]
+
+
+def timed(call: Callable[[], object]) -> int:
+    """Nanoseconds that a call takes, with the garbage collector off."""
+    gc.collect()
+    gc.disable()
+    try:
+        began = time.perf_counter_ns()
+        call()
+        return time.perf_counter_ns() - began
+    finally:
+        gc.enable()
+
+
+def measure(directory: Path, keys: int, rounds: int, say: Callable[[str], None]) -> dict[str, dict[str, list[float]]]:
+    """For each workload and engine the ns per key of each round; of `reopen` and `killed` the ns of the whole call."""
+    order = WORKLOADS + OPENINGS
+    found: dict[str, dict[str, list[float]]] = {name: {engine.name: [] for engine in ENGINES} for name in order}
+    for turn in range(rounds):
+        benches = [Bench(engine, directory / f"round {turn}", keys, seed=turn) for engine in ENGINES]
+        (directory / f"round {turn}").mkdir()
+        for workload in order:
+            for bench in benches[turn % len(benches) :] + benches[: turn % len(benches)]:  # nobody is always first
+                if bench.engine.stored or workload not in OPENINGS:
+                    took = timed(bench.prepare(workload))
+                    per = 1 if workload in ("reopen", "killed") else bench.keys
+                    found[workload][bench.engine.name].append(took / per)
+            say(f"round {turn + 1} of {rounds}: {workload}")
+        for bench in benches:
+            bench.remove()
+    return found
+
+
+# ---- opening in processes of their own
+
+
+def in_child(task: Callable[[], int], kill: bool = False) -> int:
+    """Run a task in a forked child, which then ends by SIGKILL if it is to; return what the task returned."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.write(writing, task().to_bytes(8, "little"))
+            if kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        data = pipe.read()
+    _, status = os.waitpid(pid, 0)
+    if len(data) != 8 or kill != os.WIFSIGNALED(status):
+        raise RuntimeError(f"the child failed: {status=}")
+    return int.from_bytes(data, "little")
+
+
+_left_open: list[Mapping] = []  # in a child that is about to be killed
+
+
+def open_and_put(engine: Engine, path: Path) -> int:
+    """The ns that opening takes; leaves the store open, with one more put in it."""
+    began = time.perf_counter_ns()
+    db = engine.open(path)
+    took = time.perf_counter_ns() - began
+    db[b"left by a kill"] = b"1"
+    _left_open.append(db)
+    return took
+
+
+def open_and_close(engine: Engine, path: Path) -> int:
+    """The ns that opening takes."""
+    began = time.perf_counter_ns()
+    db = engine.open(path)
+    took = time.perf_counter_ns() - began
+    db.close()  # type: ignore[attr-defined]
+    return took
+
+
+def _fill_only(engine: Engine, directory: Path, keys: int, close: bool) -> int:
+    bench = Bench(engine, directory, keys)
+    bench.prepare("fill")()
+    if close:
+        bench.close()
+    else:
+        _left_open.append(bench.db)
+    return 0
+
+
+def opening(engine: Engine, directory: Path, sizes: list[int], killed: bool, times: int) -> dict[int, list[int]]:
+    """For stores of several sizes the ns of opening in a fresh process, after a clean close or after a kill.
+
+    A copy of a killed store would be distrusted, so every opening after a kill needs a kill of its own: each child
+    opens the store, puts one key, and kills itself. The sizes take turns. What the fill left to be written back is
+    written before.
+    """
+    found: dict[int, list[int]] = {size: [] for size in sizes}
+    paths = {size: directory / f"{size} keys, {'killed' if killed else 'clean'}" for size in sizes}
+    for size, path in paths.items():
+        path.mkdir()
+        in_child(partial(_fill_only, engine, path, size, not killed), kill=killed)
+    os.sync()
+    for _ in range(times):
+        for size, path in paths.items():
+            task = partial(open_and_put if killed else open_and_close, engine, path / engine.name)
+            found[size].append(in_child(task, kill=killed))
+    for path in paths.values():
+        shutil.rmtree(path)
+    return found
+
+
+# ---- sizes on disk
+
+
+def disk_bytes(path: Path) -> int:
+    """What a store's directory takes on the device, all in all."""
+    return sum(file.stat().st_blocks * 512 for file in (path, *path.rglob("*")))
+
+
+def one_key(directory: Path) -> int:
+    """Bytes on the device of a store with one short key, closed."""
+    path = directory / "one key"
+    with closing(logkv.open(path)) as db:
+        db[b"key"] = b"value"
+    found = disk_bytes(path)
+    shutil.rmtree(path)
+    return found
+
+
+def index_bytes(directory: Path, keys: int) -> float:
+    """Bytes of the index for each key."""
+    (engine,) = (engine for engine in ENGINES if engine.name == "logkv")
+    bench = Bench(engine, directory, keys)
+    bench.prepare("fill")()
+    bench.close()
+    found = (bench.path / "index").stat().st_size / bench.keys
+    bench.remove()
+    return found

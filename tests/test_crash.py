@@ -1,0 +1,138 @@
+"""Power cuts: a small search of every workload, and the bugs that the search must see."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from logkv import _core, files, manifest, recovery
+from logkv.writer import Writing
+from tests.proof.crash import WORKLOADS, Disk, Synced, determined, enumerate_crashes, record
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_a_power_cut_leaves_a_prefix_of_the_history(name: str) -> None:
+    report = enumerate_crashes(name, limit=500, nested=0.02)
+    assert report.violations == []
+    assert report.distinct >= 400
+    assert report.recoveries_enumerated and report.from_recovery
+
+
+@pytest.mark.parametrize("name", ["mixed", "clearing"])
+def test_what_was_recorded_is_what_is_there(name: str, tmp_path: Path) -> None:
+    """With everything pending applied, the model is the directory: nothing reached a file past the recorder."""
+    dice = random.Random(1)
+    with determined(dice):
+        recorder, _ = record(name, tmp_path, dice)
+    disk = Disk()
+    for event in recorder.events:
+        disk.apply(event)
+    disk.apply(Synced(None))
+    for file in disk.files.values():
+        file.sync()
+    images = {name: disk.files[file].image([]) for name, file in disk.names.items()}
+    found = {str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {name: b"".join(pages)[:size] for name, (size, pages) in images.items()} == found
+
+
+def test_a_run_can_be_repeated() -> None:
+    assert enumerate_crashes("mixed", limit=50).distinct == enumerate_crashes("mixed", limit=50).distinct
+
+
+# -- bugs that the search must see ----------------------------------------------------------------------------------
+
+def no_directory_sync(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(files.Directory, "sync", lambda directory: None)
+
+
+def no_sync_before_a_rename(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(manifest, "files", SimpleNamespace(**{**vars(files), "sync_data": lambda fd: None}))
+
+
+def no_directory_sync_after_a_rename(patch: pytest.MonkeyPatch) -> None:
+    def adopt(directory: files.Directory) -> int:
+        directory.rename(files.MANIFEST_NEXT, files.MANIFEST)
+        return directory.stat(files.MANIFEST).st_ctime_ns
+
+    patch.setattr(manifest, "adopt_next", adopt)
+
+
+def an_acknowledged_sync_that_was_none(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Writing, "_sync_fd", lambda engine, fd: None)
+
+
+def a_tail_that_is_not_cut(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Writing, "_cut", lambda engine, tail: 0)
+
+
+def a_successor_that_is_not_cut(patch: pytest.MonkeyPatch) -> None:
+    """The log ends in a segment whose successor begins further on, and that stays as it is."""
+    cut = Writing._cut
+    patch.setattr(Writing, "_cut", lambda engine, tail: cut(engine, replace(tail, abandoned=[])))
+
+
+def a_sync_that_covers_what_came_meanwhile(patch: pytest.MonkeyPatch) -> None:
+    sync = Writing._sync_to
+
+    def sync_to(engine: Writing, version: int) -> None:
+        sync(engine, version)
+        engine._synced_version = engine.log.state["version"]
+
+    patch.setattr(Writing, "_sync_to", sync_to)
+
+
+def sealed_before_the_records_are_synced(patch: pytest.MonkeyPatch) -> None:
+    seal = Writing._seal_oldest
+
+    def seal_unsynced(engine: Writing) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(Writing, "_sync_fd", lambda engine, fd: None)
+            seal(engine)
+
+    patch.setattr(Writing, "_seal_oldest", seal_unsynced)
+
+
+def an_unfinished_segment_that_counts(patch: pytest.MonkeyPatch) -> None:
+    """Recovery goes on in the successor although the scan did not reach the end that it names."""
+    walk = recovery.walk
+
+    def walk_on(engine: Any, segment: Any, start: int, version: int, **options: Any) -> Any:
+        tail = walk(engine, segment, start, version, **options)
+        segments = engine.manifest.segments
+        at = segments.index(tail.segment)
+        if at + 1 < len(segments) and _core.read_link(engine.log, segments[at + 1].chunk) is not None:
+            return walk(engine, segments[at + 1], recovery.START, version, **options)
+        return tail
+
+    patch.setattr(recovery, "walk", walk_on)
+
+
+PLANTED: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, str]] = {     # and where it shows, with which words
+    no_directory_sync: ("puts", "there is no store"),
+    no_sync_before_a_rename: ("puts", "MANIFEST"),
+    no_directory_sync_after_a_rename: ("rotation", "it is"),
+    an_acknowledged_sync_that_was_none: ("synced_writes", "it is state"),
+    a_tail_that_is_not_cut: ("equal_sizes", "opened again: missing 0"),
+    a_successor_that_is_not_cut: ("flushed", "again"),
+    a_sync_that_covers_what_came_meanwhile: ("deletes", "it is state"),
+    sealed_before_the_records_are_synced: ("rotation", "the log is damaged"),
+    an_unfinished_segment_that_counts: ("rotation", "no state of the history"),
+}
+
+
+@pytest.mark.parametrize("bug", PLANTED, ids=lambda bug: bug.__name__)
+def test_a_planted_bug_is_seen(bug: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    bug(monkeypatch)
+    name, words = PLANTED[bug]
+    violations: list[str] = []
+    for seed in range(8):
+        violations += enumerate_crashes(name, seed=seed, limit=800).violations
+        if any(words in violation for violation in violations):
+            return
+    pytest.fail(f"{len(violations)} violations, none with {words!r}: {violations[:3]}")
