@@ -9,6 +9,12 @@
 
 static uint32_t crc32c_table[8][256];
 
+static inline uint64_t crc32c_word(const uint8_t *p) {
+    uint64_t word;
+    memcpy(&word, p, 8);
+    return word;
+}
+
 /* Slicing-by-8: Kounavis and Berry, "A Systematic Approach to Building High Performance, Software-based, CRC
    Generators", 2005. */
 static uint32_t crc32c_software(uint32_t crc, const void *data, size_t length) {
@@ -32,11 +38,14 @@ static uint32_t crc32c_software(uint32_t crc, const void *data, size_t length) {
 __attribute__((target("sse4.2")))
 static uint32_t crc32c_hardware(uint32_t crc, const void *data, size_t length) {
     const uint8_t *p = (const uint8_t *)data;
-    uint64_t state = (uint32_t)~crc, word;
-    for (; length >= 8; length -= 8, p += 8) {
-        memcpy(&word, p, 8);
-        state = _mm_crc32_u64(state, word);
+    uint64_t state = (uint32_t)~crc;
+    for (; length >= 32; length -= 32, p += 32) {
+        state = _mm_crc32_u64(state, crc32c_word(p));
+        state = _mm_crc32_u64(state, crc32c_word(p + 8));
+        state = _mm_crc32_u64(state, crc32c_word(p + 16));
+        state = _mm_crc32_u64(state, crc32c_word(p + 24));
     }
+    for (; length >= 8; length -= 8, p += 8) state = _mm_crc32_u64(state, crc32c_word(p));
     if (length & 4) {
         uint32_t half;
         memcpy(&half, p, 4);

@@ -338,6 +338,44 @@ static inline uint32_t shard_limit(unsigned cls) {          /* slots in use at w
     return SHARD_BUCKETS[cls] * BUCKET_SLOTS / 8 * 7;
 }
 
+/* One look at a bucket: bit i of `match` for a slot with this tag, of `empty` and `deleted` likewise.  Each slot is
+   read whole, but they may be of different moments: whoever follows one loads it again. */
+typedef struct { unsigned match, empty, deleted; } bucket_view;
+
+#if defined(__SSE2__) && !defined(__SANITIZE_THREAD__)
+#include <emmintrin.h>
+static inline bucket_view bucket_look(const uint64_t *slots, uint32_t tag) {
+    const __m128i *line = (const __m128i *)slots, zero = _mm_setzero_si128();
+    bucket_view view = {0, 0, 0};
+    for (int half = 0; half < 2; half++) {
+        __m128 a = _mm_castsi128_ps(_mm_load_si128(line + 2 * half));
+        __m128 b = _mm_castsi128_ps(_mm_load_si128(line + 2 * half + 1));
+        __m128i low = _mm_castps_si128(_mm_shuffle_ps(a, b, _MM_SHUFFLE(2, 0, 2, 0)));
+        __m128i high = _mm_castps_si128(_mm_shuffle_ps(a, b, _MM_SHUFFLE(3, 1, 3, 1)));
+        __m128i same = _mm_cmpeq_epi32(_mm_srli_epi32(high, TAG_SHIFT - 32), _mm_set1_epi32((int)tag));
+        __m128i none = _mm_cmpeq_epi32(high, zero);
+        __m128i empty = _mm_and_si128(none, _mm_cmpeq_epi32(low, zero));
+        __m128i deleted = _mm_and_si128(none, _mm_cmpeq_epi32(low, _mm_set1_epi32(SLOT_DELETED)));
+        view.match |= (unsigned)_mm_movemask_ps(_mm_castsi128_ps(same)) << (4 * half);
+        view.empty |= (unsigned)_mm_movemask_ps(_mm_castsi128_ps(empty)) << (4 * half);
+        view.deleted |= (unsigned)_mm_movemask_ps(_mm_castsi128_ps(deleted)) << (4 * half);
+    }
+    view.match &= ~(view.empty | view.deleted);
+    return view;
+}
+#else
+static inline bucket_view bucket_look(const uint64_t *slots, uint32_t tag) {
+    bucket_view view = {0, 0, 0};
+    for (int i = 0; i < BUCKET_SLOTS; i++) {
+        uint64_t value = __atomic_load_n(slots + i, __ATOMIC_ACQUIRE);
+        view.empty |= (unsigned)(value == SLOT_EMPTY) << i;
+        view.deleted |= (unsigned)(value == SLOT_DELETED) << i;
+        view.match |= (unsigned)(value > SLOT_DELETED && value >> TAG_SHIFT == tag) << i;
+    }
+    return view;
+}
+#endif
+
 /* ---- control: one page, mapped by every process, never replaced ----------------------------------------- */
 #define CONTROL_MAGIC "LogKVctl"
 

@@ -76,6 +76,9 @@ cdef extern from "format.h" nogil:
     ctypedef struct shard_header:
         uint32_t crc, intact, cls, depth
         uint64_t prefix, used
+    ctypedef struct bucket_view:
+        unsigned match, empty, deleted
+    bucket_view bucket_look(const uint64_t *slots, uint32_t tag)
     uint64_t DIRECTORY_PAGE(uint64_t word)
     unsigned DIRECTORY_DEPTH(uint64_t word)
     uint64_t DIRECTORY_WORD(uint64_t page, unsigned depth, uint64_t seq)

@@ -225,14 +225,16 @@ cdef class StoreIterator:
                 r, location = p.record, p.location
             return self.item(&r, location)
 
-    cdef object item(self, record_view *r, uint64_t location):
-        cdef bytes key
-        if self.what == 1:
-            return record_value(self.log, r, location)
+    cdef inline object item(self, record_view *r, uint64_t location):
+        cdef bytes key, value
+        if self.what != 0:
+            value = record_value(self.log, r, location)
+            if self.what == 1:
+                return value
         key = PyBytes_FromStringAndSize(<const char *> r.key, r.key_length)
         if self.what == 0:
             return key
-        return key, record_value(self.log, r, location)
+        return key, value
 
     cdef int copy_shard(self) except -1:
         cdef uint64_t word, entry, bucket, value, after

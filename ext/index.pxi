@@ -86,7 +86,8 @@ cdef inline int probe(Log log, const uint8_t *key, size_t size, uint64_t h, uint
     cdef uint64_t *slots
     cdef unsigned cls, i
     cdef int status
-    cdef bint empty, home, again
+    cdef bucket_view view
+    cdef bint again
     while True:
         again = False
         status = find_entry(log, h, &word, &entry)
@@ -100,44 +101,42 @@ cdef inline int probe(Log log, const uint8_t *key, size_t size, uint64_t h, uint
         p.slot = NULL
         buckets = SHARD_BUCKETS[cls]
         bucket = home_bucket(h, cls)
-        home = True
         for n in range(buckets):
             slots = bucket_at(p.shard, bucket)
-            empty = False
-            for i in range(BUCKET_SLOTS):
+            view = bucket_look(slots, <uint32_t> tag)
+            while view.match:
+                i = lowest_bit(view.match)
+                view.match &= view.match - 1
                 value = atomic_load(slots + i)
-                if value <= SLOT_DELETED:
-                    if value == SLOT_EMPTY:
-                        empty = True
-                    if writing and p.slot == NULL:
-                        p.slot = slots + i
-                        p.bucket = bucket
-                        p.displaced = not home
-                elif value >> TAG_SHIFT == tag:
-                    p.location = value & LOCATION_MASK
-                    status = read_record(log, p.location, &p.record)
-                    if own and status != UNMAPPED:
-                        status = compare_own(log, &p.record, status, h, p.location, own)
-                    elif status == FOUND:
-                        status = p.record.key_length == size and memcmp(p.record.key, key, size) == 0
-                    if status != MISSING and (atomic_load(&ix.header.directory) != word or
-                                              status < 0 and atomic_load(slots + i) != value):
-                        again = True        # it was true a moment ago
-                        break
-                    if status < 0:
-                        return status
-                    if status == FOUND:
-                        p.slot = slots + i
-                        p.bucket = bucket
-                        if writing:
-                            p.bucket_has_empty = has_empty(slots)
-                        if p.record.kind != KIND_PUT and not own:
-                            log.trouble = p.location
-                            return NOT_A_PUT
-                        return FOUND
-            if empty or again:
+                if value >> TAG_SHIFT != tag or value <= SLOT_DELETED:
+                    again = True            # it has just changed
+                    break
+                p.location = value & LOCATION_MASK
+                status = read_record(log, p.location, &p.record)
+                if own and status != UNMAPPED:
+                    status = compare_own(log, &p.record, status, h, p.location, own)
+                elif status == FOUND:
+                    status = p.record.key_length == size and memcmp(p.record.key, key, size) == 0
+                if status == MISSING:
+                    continue
+                if atomic_load(&ix.header.directory) != word or status < 0 and atomic_load(slots + i) != value:
+                    again = True            # it was true a moment ago
+                    break
+                if status < 0:
+                    return status
+                p.slot = slots + i
+                p.bucket = bucket
+                p.bucket_has_empty = view.empty != 0
+                if p.record.kind != KIND_PUT and not own:
+                    log.trouble = p.location
+                    return NOT_A_PUT
+                return FOUND
+            if writing and p.slot == NULL and view.empty | view.deleted:
+                p.slot = slots + lowest_bit(view.empty | view.deleted)
+                p.bucket = bucket
+                p.displaced = n != 0
+            if view.empty or again:
                 break
-            home = False
             bucket = bucket + 1 if bucket + 1 < buckets else 0
         if not again and atomic_load(&ix.header.directory) == word:
             return MISSING

@@ -17,6 +17,7 @@
 #define atomic_load(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
 #define atomic_store(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
 #define atomic_fence() __atomic_thread_fence(__ATOMIC_ACQUIRE)
+#define lowest_bit(mask) ((unsigned)__builtin_ctz(mask))
 #define prefetch(p) __builtin_prefetch((const void *)(p))
 
 #ifndef MADV_POPULATE_READ
@@ -27,9 +28,14 @@
 #define MAP_NORESERVE 0
 #endif
 
+/* Nanoseconds since 1970, as of the system's last tick (1 to 10 ms ago) where that costs less. */
 static inline uint64_t clock_ns(void) {
     struct timespec t;
+#ifdef CLOCK_REALTIME_COARSE
+    clock_gettime(CLOCK_REALTIME_COARSE, &t);
+#else
     clock_gettime(CLOCK_REALTIME, &t);
+#endif
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 

@@ -41,11 +41,12 @@ cdef int populate_ahead(Log log, uint64_t need) except -1:
     pages; but a sync writes a whole folio for one byte, so not where every write or every few are synced.
     """
     cdef Active *a = &log.active
-    cdef uint64_t step = min(max(need, POPULATE_STEP), a.allocated - a.end)
+    cdef uint64_t step = min(max(need, POPULATE_STEP), a.allocated - a.end), done = 0
     cdef int problem = 0
     if step <= POPULATE_STEP and not log.eager and not log.patience:
-        step = min(step, ZEROS_STEP)
-        pwrite(a.fd, ZEROS, step, a.end)        # where it fails, populating says why
+        while done < step:              # where it fails, populating says why
+            pwrite(a.fd, ZEROS, min(step - done, ZEROS_STEP), a.end + done)
+            done += ZEROS_STEP
     problem = populate(a.base + a.end, step, True)
     if problem:
         raise Error(problem, f"cannot write to segment {a.number}: {os.strerror(problem)}")
@@ -97,6 +98,8 @@ cdef uint64_t put(Log log, Bytes key, Bytes value) except 0:
     cdef uint64_t need, location, version, h
     cdef Probe p
     cdef int status
+    prefetch(value.data + 64)           # a value that is not in the cache arrives while the key is hashed
+    prefetch(value.data + value.size)
     if key.size > KEY_MAX:
         raise ValueError(f"a key has at most {KEY_MAX:,} bytes, this one has {key.size:,}")
     if value.size > VALUE_MAX:

@@ -122,36 +122,21 @@ class Directory:
         except FileNotFoundError:
             pass
 
-    def link_aside(self, name: str, label: str) -> None:
-        """Gives a file a second name under `lost+found`, durably."""
-        self._make_aside()
+    def save_aside(self, label: str, data: bytes) -> None:
+        """Writes bytes to a file under `lost+found`, durably: under its name it is whole."""
         try:
-            os.link(name, f"{LOST_FOUND}/{label}", src_dir_fd=self.fd, dst_dir_fd=self.fd)
+            os.mkdir(LOST_FOUND, self.mode | (self.mode & 0o444) >> 2, dir_fd=self.fd)
         except FileExistsError:
             pass
-        self._sync_aside()
-
-    def save_aside(self, label: str, data: bytes) -> None:
-        """Writes bytes to a file under `lost+found`, durably; one that is there already stays."""
-        self._make_aside()
-        try:
-            fd = self.open(f"{LOST_FOUND}/{label}", writable=True, create=True, exclusive=True)
-        except FileExistsError:
-            return
+        name = f"{LOST_FOUND}/{label}"
+        self.unlink(name + ".tmp")
+        fd = self.open(name + ".tmp", writable=True, create=True, exclusive=True)
         try:
             write_at(fd, data, 0)
             sync_data(fd)
         finally:
             os.close(fd)
-        self._sync_aside()
-
-    def _make_aside(self) -> None:
-        try:
-            os.mkdir(LOST_FOUND, self.mode | (self.mode & 0o444) >> 2, dir_fd=self.fd)
-        except FileExistsError:
-            pass
-
-    def _sync_aside(self) -> None:
+        self.rename(name + ".tmp", name)
         fd = os.open(LOST_FOUND, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
         try:
             os.fsync(fd)

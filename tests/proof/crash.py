@@ -2,10 +2,10 @@
 
 A workload runs once against the real engine while a `Recorder` notes, in order, what reaches the files: each system
 call that changes or syncs something, and each page that a store through a mapping changed (those are no calls, so all
-files are read back at every call and at both ends of every operation).  `Disk` replays these events: what was synced is
-durable, all else is pending.  A `State` is the durable part and any pending changes: pages in any order, as of any
-moment, cut at any sector; sizes without data; names in part.  `Explorer` writes states into a directory, opens them with
-the real engine and demands that
+files are read back at every call and at both ends of every operation).  `Disk` replays these events: what was synced
+is durable, all else is pending.  A `State` is the durable part and any pending changes: pages in any order, as of any
+moment, cut at any sector; sizes without data; names in part.  `Explorer` writes states into a directory, opens them
+with the real engine and demands that
 
 * what is recovered is what some prefix of the history left, not shorter than what was acknowledged as durable, not
   longer than what was begun (P1, P3, P4, P9);
@@ -215,10 +215,12 @@ class Recorder:
             after = os.pread(fd, size, 0)
             if before == after:
                 continue
-            pages = {at // PAGE: page for at in range(0, size, PAGE) if (page := after[at:at + PAGE]) != before[at:at + PAGE]}
-            if len(before) < size:              # what is new and zero is the size's doing
-                pages = {at: page for at, page in pages.items() if at * PAGE < len(before) or any(page)}
-            self.events.append(Changed(file, size, {at: page.ljust(PAGE, b"\0") for at, page in pages.items()}))
+            pages = {}
+            for at in range(0, size, PAGE):
+                page, old = after[at:at + PAGE], before[at:at + PAGE]
+                if page != old and (old or any(page)):      # what is new and zero is the size's doing
+                    pages[at // PAGE] = page.ljust(PAGE, b"\0")
+            self.events.append(Changed(file, size, pages))
             self._contents[file] = after
 
     def note(self, event: Begun | Durable) -> None:
@@ -235,7 +237,7 @@ Image = tuple[int, tuple[bytes, ...]]           # of a file: its size, its pages
 
 
 def choose(pending: Sequence[tuple[Key, Change]], dice: random.Random) -> tuple[str, list[tuple[Key, Change]]]:
-    """Some of the pending changes, in their order, and how they were chosen.  A key is what reaches the device alone."""
+    """Some of the pending changes, in their order, and how they were chosen; a key is what reaches the device alone."""
     how = dice.choice(("prefix", "without", "only", "earlier", "mixed"))
     if how == "prefix":
         stop = dice.randint(0, len(pending))
@@ -867,8 +869,8 @@ class Explorer:
     def _judge(self, state: State, outcome: Outcome, history: History, low: int, high: int, where: str) -> None:
         problem = outcome.problem
         if not problem and outcome.content is not None:
-            problem = (f"it is no state of the history; against {low}: {difference(outcome.content, history.state(low))}; "
-                       f"against {high}: {difference(outcome.content, history.state(high))}")
+            against = [f"against {at}: {difference(outcome.content, history.state(at))}" for at in (low, high)]
+            problem = "it is no state of the history; " + "; ".join(against)
         elif not problem and not any(low <= index <= high for index in outcome.indices):
             problem = f"it is state {outcome.indices}"
         if problem:
@@ -938,7 +940,7 @@ class Explorer:
             return dict(db)
 
     def _append(self, db: Session) -> None:
-        """Writes a little; or records that end where others ended that were cut off; or up to a segment's last bytes."""
+        """Writes a little; or records that end where some ended that were cut off; or up to a segment's last bytes."""
         before = list(db.history.base.items())
         how = self.dice.choice(("little", "alike", "alike", "full")) if before else "little"
         if how == "full":
