@@ -17,7 +17,7 @@ test: $(VENV)/tools			## types, stubs, tests
 	$(RUN) -m pytest
 
 bench: $(VENV)/tools			## beside the dict and the pure-Python baseline; one interleaved run
-	$(RUN) -m benchmarks
+	$(RUN) -m benchmarks --markdown build/benchmarks.md --json build/benchmarks.json
 
 bench-compare: $(VENV)/tools		## pytest-benchmark against the last saved run
 	$(RUN) -m pytest benchmarks --benchmark-enable --benchmark-only --benchmark-autosave --benchmark-compare
@@ -28,8 +28,12 @@ proof: $(VENV)/tools			## crash states, kills, flipped bits, stress: SECONDS=60 
 annotate:				## build/ext/_core.html: where Cython touches Python
 	LOGKV_ANNOTATE=1 $(RUN) setup.py -q build_ext --inplace --force
 
-dist: $(VENV)/tools			## an sdist, and a wheel built from it
+dist: $(VENV)/tools			## an sdist, a wheel built from it, and both installed and tried
+	rm -rf dist build/try
 	$(RUN) -m build
+	for file in dist/*.tar.gz dist/*.whl; do \
+	    $(RUN) -m venv build/try && build/try/bin/pip install --quiet --disable-pip-version-check $$file && \
+	    (cd build && try/bin/logkv demo --seconds 1) || exit 1; rm -rf build/try; done
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "LogKV needs Python 3.11 or newer"'

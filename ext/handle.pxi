@@ -108,7 +108,8 @@ cdef class WriteHandle(ReadHandle):
     """The writing half."""
 
     def put(self, key, value) -> int:
-        """Stores `value` under `key` and returns the write's version (nanoseconds since 1970, strictly rising).
+        """Stores `value` under `key` and returns the write's version: nanoseconds since 1970 as of the system's last
+        tick, strictly rising.
 
         Key: bytes or str of at most 65,535 bytes; value: bytes, str or a contiguous buffer of at most 4 GiB - 1.
         When it returns, every process sees the value, and it survives the death of this one; what else it survives

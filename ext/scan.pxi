@@ -124,6 +124,8 @@ def replay(Log log, uint64_t number, uint64_t chunk, uint64_t start, uint64_t st
                 n += 1
         enter(log, batch, n, number)
         records += n
+        if records & 0xffff < BATCH:
+            PyErr_CheckSignals()
     return SCAN_REASONS[reason], s.offset, s.version, records
 
 
@@ -199,6 +201,8 @@ def replay_footer(Log log, uint64_t number, uint64_t chunk, uint64_t end) -> tup
         if n == BATCH:
             enter(log, batch, n, number)
             n = 0
+            if i & 0xffff < BATCH:
+                PyErr_CheckSignals()
     enter(log, batch, n, number)
     commit(log, number, end, header.last_version, NULL, 0, 0)
     return header.records, header.first_version, header.last_version
