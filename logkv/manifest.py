@@ -178,10 +178,11 @@ def write_next(directory: files.Directory, manifest: Manifest) -> int:
         os.close(fd)
 
 
-def adopt_next(directory: files.Directory) -> int:
-    """Renames the coming MANIFEST over the one in force, durably; returns the ctime that the rename gave it."""
+def adopt_next(directory: files.Directory, *, durable: bool = True) -> int:
+    """Renames the coming MANIFEST over the one in force; returns the ctime that the rename gave it."""
     directory.rename(files.MANIFEST_NEXT, files.MANIFEST)
-    directory.sync()
+    if durable:
+        directory.sync()
     return directory.stat(files.MANIFEST).st_ctime_ns
 
 

@@ -239,7 +239,8 @@ class Writing(Engine):
         self._set_active(tail.segment, size, tail.end)
         if version != tail.version or self.recovered["index"] == "rebuilt":
             self.log.settle_state(tail.segment.number, tail.end, version)
-        self._write_manifest(current)
+        # Where only the generation is new, its loss to a power cut loses nothing.
+        self._write_manifest(current, durable=lost > 0 or self.recovered["index"] == "rebuilt")
         if self.recovered["index"] == "rebuilt":
             self._vouch_index(_core.index_nonce(self.log))
             self.directory.sync()
@@ -275,14 +276,14 @@ class Writing(Engine):
 
     # -- MANIFEST and trust -----------------------------------------------------------------------------
 
-    def _write_manifest(self, new: Manifest) -> None:
+    def _write_manifest(self, new: Manifest, *, durable: bool = True) -> None:
         """Replaces the MANIFEST.  The control page is told before the rename, so a kill around it costs no trust."""
         new.generation = self.manifest.generation + 1
         new.last_version = max(new.last_version, self.log.state["version"])
         inode = manifest.write_next(self.directory, new)
         self.log.note_manifest(True, new.generation, inode, 0)
         try:
-            ctime = manifest.adopt_next(self.directory)
+            ctime = manifest.adopt_next(self.directory, durable=durable)
         except OSError as problem:      # which of the two is in force after a power cut is not known any more
             self._poison(problem)
             raise Error(problem.errno, self.log.poisoned) from problem
