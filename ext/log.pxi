@@ -165,6 +165,8 @@ cdef class Log:
             entry[i].origin = chunk << CHUNK_UNIT_SHIFT
             entry[i].salt = salt
             entry[i].entries = NULL
+        if chunk in self.segments:      # where address space is short, a mapping grows by another one
+            self.unmap(self.segments[chunk][0])
         self.segments[chunk] = (<size_t> base, mapped, run)
 
     def forget_segments(self) -> None:

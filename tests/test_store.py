@@ -592,3 +592,20 @@ def test_a_full_disk_is_a_clean_error(path: str) -> None:
     """
     result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_little_address_space(path: str) -> None:
+    """Under RLIMIT_AS a segment cannot be mapped ahead: what is there is mapped, and mapped again when it grew."""
+    code = """if True:
+        import logkv, resource, sys
+        pages = int(open("/proc/self/statm").read().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 320_000_000,) * 2)
+        with logkv.open(sys.argv[1]) as db, logkv.Reader(sys.argv[1]) as reader:
+            for i in range(300_000):
+                db[str(i)] = "x" * 60
+                if i % 10_000 == 0:
+                    assert reader[str(i)] == b"x" * 60
+            assert len(set(db)) == len(reader) == 300_000
+    """
+    result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
