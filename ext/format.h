@@ -228,6 +228,13 @@ static inline int record_unpack(record_view *r, const uint8_t *p, uint64_t space
     return RECORD_OK;
 }
 
+/* How far the record at p reaches, as its header says, which was not verified. */
+static inline uint64_t record_reach(const uint8_t *p) {
+    record_header h;
+    memcpy(&h, p, RECORD_HEADER_BYTES);
+    return record_span(record_fields(h.flags), h.key_length, h.value_length);
+}
+
 /* Key and lengths of a record that was verified before. */
 static inline void record_peek(record_view *r, const uint8_t *p) {
     record_header h;
@@ -399,7 +406,7 @@ typedef struct {
     uint64_t index_nonce;          /* 192  the index to use, 0: none.  Every get reads this line. */
     uint64_t epoch;                /* 200  of the MANIFEST in force, or of the coming one that clears the store */
     uint8_t  zero2[48];
-    uint64_t begun_version;        /* 256  of the last record that was begun */
+    uint64_t last_version;         /* 256  published */
     uint64_t reserved_end;         /* 264  bytes up to here may hold an unfinished record */
     uint64_t durable_number;       /* 272  on the device up to here */
     uint64_t durable_end;          /* 280 */
@@ -412,7 +419,7 @@ enum { CONTROL_NOTES = 32, CONTROL_NOTES_END = 136 };   /* what a writer notes w
 _Static_assert(offsetof(control_page, boot) == CONTROL_NOTES, "control");
 _Static_assert(offsetof(control_page, zero1) == CONTROL_NOTES_END, "control");
 _Static_assert(offsetof(control_page, index_nonce) == 192, "control");
-_Static_assert(offsetof(control_page, begun_version) == 256, "control");
+_Static_assert(offsetof(control_page, last_version) == 256, "control");
 _Static_assert(sizeof(control_page) == PAGE_BYTES, "control");
 
 #endif

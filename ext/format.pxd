@@ -48,6 +48,7 @@ cdef extern from "format.h" nogil:
                      const void *key, uint32_t key_length, const void *value, uint32_t value_length)
     int record_unpack(record_view *r, const uint8_t *p, uint64_t space, uint32_t salt, uint64_t offset, bint check_value)
 
+    uint64_t record_reach(const uint8_t *p)
     void record_peek(record_view *r, const uint8_t *p)
 
     const unsigned FOOTER_SIZE_BITS
@@ -98,4 +99,4 @@ cdef extern from "format.h" nogil:
         uint8_t boot[16]
         uint64_t device, inode, index_inode
         control_manifest manifest[2]
-        uint64_t index_nonce, epoch, begun_version, reserved_end, durable_number, durable_end, sync_failed
+        uint64_t index_nonce, epoch, last_version, reserved_end, durable_number, durable_end, sync_failed

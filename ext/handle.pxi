@@ -21,13 +21,17 @@ cdef int check_value(Log log, record_view *r, uint64_t location) except -1:
 cdef inline int current(Log log) except -1:
     """Before every read: the handle is open, and the index is still the one to use."""
     cdef control_page *c
-    if log is None or log.closed:
+    if log is None:
         raise ClosedError("the store is closed")
+    while log.attention:
+        log.check_open()
+        log.owner._await_turn()
     c = log.control
     if not log.writable and c != NULL and (
             atomic_load(&c.index_nonce) != log.nonce or atomic_load(&c.epoch) != log.epoch or
-            log.index.private and atomic_load(&c.begun_version) != log.begun):
+            log.index.private and atomic_load(&c.last_version) != log.last_version):
         log.owner._index_changed()
+        log.check_open()
     return 0
 
 
@@ -63,12 +67,13 @@ cdef class ReadHandle:
         return self.log is None or self.log.closed
 
     def __getitem__(self, key):
+        cdef Log log = self.log         # another thread may close this handle meanwhile
         cdef Bytes k
         cdef Probe p
         key_bytes(key, &k)
-        if find(self.log, k, &p) == MISSING:
+        if find(log, k, &p) == MISSING:
             raise KeyError(key)
-        return record_value(self.log, &p.record, p.location)
+        return record_value(log, &p.record, p.location)
 
     def get(self, key, default=None):
         """The value of `key` as bytes, or `default`.
@@ -76,32 +81,36 @@ cdef class ReadHandle:
         One probe of the index and one read of the log; the record's checksum is compared.  Raises TypeError if the
         key is neither bytes nor str, CorruptionError if the record is damaged, ClosedError.
         """
+        cdef Log log = self.log
         cdef Bytes k
         cdef Probe p
         key_bytes(key, &k)
-        if find(self.log, k, &p) == MISSING:
+        if find(log, k, &p) == MISSING:
             return default
-        return record_value(self.log, &p.record, p.location)
+        return record_value(log, &p.record, p.location)
 
     def __contains__(self, key):
+        cdef Log log = self.log
         cdef Bytes k
         cdef Probe p
         key_bytes(key, &k)
-        return find(self.log, k, &p) == FOUND
+        return find(log, k, &p) == FOUND
 
     def __len__(self):
-        current(self.log)
-        if not self.log.writable:
-            self.log.load_state()
-        return self.log.keys
+        cdef Log log = self.log
+        current(log)
+        if not log.writable:
+            log.load_state()
+        return log.keys
 
     def __iter__(self):
         return self._iterate(0)
 
     def _iterate(self, int what):
         """An iterator over keys (0), values (1) or pairs (2)."""
-        current(self.log)
-        return StoreIterator(self.log, what)
+        cdef Log log = self.log
+        current(log)
+        return StoreIterator(log, what)
 
 
 cdef class WriteHandle(ReadHandle):
@@ -120,32 +129,35 @@ cdef class WriteHandle(ReadHandle):
         cdef Bytes k, v
         cdef Py_buffer view
         cdef bint taken
-        if self.log is None:
+        cdef Log log = self.log
+        if log is None:
             raise ClosedError("the store is closed")
         key_bytes(key, &k)
         taken = value_bytes(value, &v, &view)
         try:
-            return put(self.log, k, v)
+            return put(log, k, v)
         finally:
             if taken:
                 PyBuffer_Release(&view)
 
     def __setitem__(self, key, value):
+        cdef Log log = self.log
         cdef Bytes k, v
-        if self.log is not None and PyBytes_Check(value):
+        if log is not None and PyBytes_Check(value):
             key_bytes(key, &k)
             v.data, v.size = <const uint8_t *> PyBytes_AS_STRING(value), PyBytes_GET_SIZE(value)
-            put(self.log, k, v)
+            put(log, k, v)
         else:
             self.put(key, value)
 
     def delete(self, key) -> bool:
         """Removes `key`; False if it was not there.  Durability and errors as for `put`."""
+        cdef Log log = self.log
         cdef Bytes k
-        if self.log is None:
+        if log is None:
             raise ClosedError("the store is closed")
         key_bytes(key, &k)
-        return delete(self.log, k, None) != 0
+        return delete(log, k, None) != 0
 
     def __delitem__(self, key):
         if not self.delete(key):
@@ -155,10 +167,11 @@ cdef class WriteHandle(ReadHandle):
         """[value] of a key that is deleted at once, or []."""
         cdef Bytes k
         cdef list popped = []
-        if self.log is None:
+        cdef Log log = self.log
+        if log is None:
             raise ClosedError("the store is closed")
         key_bytes(key, &k)
-        delete(self.log, k, popped)
+        delete(log, k, popped)
         return popped
 
 
@@ -204,7 +217,7 @@ cdef class StoreIterator:
             if self.clears != self.log.clears:      # what was copied is gone
                 self.at = self.count
                 self.clears = self.log.clears
-            if self.at == self.count:
+            if self.at >= self.count:
                 if self.last:
                     raise StopIteration
                 self.copy_shard()
@@ -213,11 +226,14 @@ cdef class StoreIterator:
             if self.at + PREFETCH_AHEAD < self.count:
                 prefetch_record(self.log, self.locations[self.at + PREFETCH_AHEAD])
             status = read_record(self.log, location, &r)
-            self.at += 1
             if status < 0:
-                settle(self.log, status)        # if it raises, the next call goes on behind this record
-                self.at -= 1
+                try:
+                    settle(self.log, status)
+                except BaseException:
+                    self.at += 1                # the next call goes on behind this record
+                    raise
                 continue
+            self.at += 1
             if atomic_load(&self.log.index.page.seq) != self.seq:
                 found = PyBytes_FromStringAndSize(<const char *> r.key, r.key_length)  # `find` may unmap the record
                 key_bytes(found, &key)

@@ -72,7 +72,8 @@ cdef inline int read_record(Log log, uint64_t location, record_view *r) noexcept
     log.trouble_status = status
     log.trouble_expected = r.crc
     log.trouble_found = r.found
-    return UNMAPPED if status == RECORD_TRUNCATED else DAMAGED
+    # A reader may not know yet how long the file has become; a writer does, and so does who rebuilds an index.
+    return UNMAPPED if status == RECORD_TRUNCATED and not (log.writable or log.building) else DAMAGED
 
 
 cdef inline int probe(Log log, const uint8_t *key, size_t size, uint64_t h, uint64_t own, Probe *p,
@@ -92,7 +93,7 @@ cdef inline int probe(Log log, const uint8_t *key, size_t size, uint64_t h, uint
         again = False
         status = find_entry(log, h, &word, &entry)
         if status < 0:
-            if status == INDEX_GREW and atomic_load(&ix.header.directory) != word:
+            if atomic_load(&ix.header.directory) != word:
                 continue
             return status
         cls = ENTRY_CLASS(entry)
@@ -265,11 +266,13 @@ cdef void begin_shard(uint8_t *shard, unsigned cls, unsigned depth, uint64_t pre
     header.prefix = prefix
 
 
-cdef void place(uint8_t *shard, unsigned cls, uint64_t home, uint64_t value) noexcept nogil:
-    """Puts an entry into a shard that nobody else sees yet."""
+cdef bint place(uint8_t *shard, unsigned cls, uint64_t home, uint64_t value) noexcept nogil:
+    """Puts an entry into a shard that nobody else sees yet; False if that is too full."""
     cdef uint64_t bucket = home
     cdef uint64_t *slots
     cdef unsigned i
+    if (<shard_header *> shard).used >= SHARD_BUCKETS[cls] * BUCKET_SLOTS // 16 * 15:
+        return False
     while True:
         slots = bucket_at(shard, bucket)
         for i in range(BUCKET_SLOTS):
@@ -278,7 +281,7 @@ cdef void place(uint8_t *shard, unsigned cls, uint64_t home, uint64_t value) noe
                 if bucket != home:
                     displaced_at(shard, cls, bucket)[0] |= <uint8_t> (1 << i)
                 (<shard_header *> shard).used += 1
-                return
+                return True
         bucket = bucket + 1 if bucket + 1 < SHARD_BUCKETS[cls] else 0
 
 
@@ -296,7 +299,7 @@ cdef inline int rehash(Log log, uint64_t value, uint64_t *h) noexcept nogil:
     return status
 
 
-cdef void place_everywhere(uint8_t *shard, unsigned cls, uint64_t bucket, uint64_t value, uint8_t *target,
+cdef bint place_everywhere(uint8_t *shard, unsigned cls, uint64_t bucket, uint64_t value, uint8_t *target,
                            unsigned to_cls) noexcept nogil:
     """An entry whose record is damaged goes wherever its key may be looked for: a get of it raises, as before."""
     cdef uint64_t first = bucket, last, buckets = SHARD_BUCKETS[cls], steps = 0, home
@@ -307,10 +310,11 @@ cdef void place_everywhere(uint8_t *shard, unsigned cls, uint64_t bucket, uint64
         home = (first << 32) // buckets * SHARD_BUCKETS[to_cls] >> 32
         last = min(((first + 1) << 32) // buckets * SHARD_BUCKETS[to_cls] >> 32, SHARD_BUCKETS[to_cls] - 1)
         while home <= last:
-            place(target, to_cls, home, value)
+            if not place(target, to_cls, home, value):
+                return False
             home += 1
         if first == bucket:
-            return
+            return True
         first = first + 1 if first + 1 < buckets else 0
 
 
@@ -320,6 +324,18 @@ cdef int grow_shard(Log log, uint64_t h) noexcept nogil:
     Bounded by one shard (145,176 slots).  Nothing is changed until the one store at the end, so it can be
     stopped anywhere and begun again.
     """
+    cdef unsigned least = 0
+    cdef int status = NO_ROOM
+    while status == NO_ROOM:        # many damaged entries, each in several places, may need more than usual
+        if least >= SHARD_CLASSES:
+            log.trouble_status = RECORD_BAD_CRC
+            return DAMAGED
+        status = grow_to(log, h, &least)
+    return status
+
+
+cdef int grow_to(Log log, uint64_t h, unsigned *least) noexcept nogil:
+    """To a class of at least `least`; NO_ROOM if that was too small, and then `least` is the next."""
     cdef Index *ix = &log.index
     cdef uint64_t word, entry, live = 0, bucket, value, i, page, count = 0, width, first, stride
     cdef uint64_t pages[2]
@@ -346,6 +362,10 @@ cdef int grow_shard(Log log, uint64_t h) noexcept nogil:
             to_cls = cls + 1
         elif depth < DIRECTORY_DEPTH_MAX:
             to_depth, parts = depth + 1, 2
+    to_cls = max(to_cls, least[0])
+    if to_cls >= SHARD_CLASSES:
+        return DAMAGED
+    least[0] = to_cls + 1
     full_depth = max(full_depth, to_depth)
 
     status = used_extents(ix, &extents, &count, 3)
@@ -408,11 +428,12 @@ cdef int copy_entries(Log log, uint8_t *shard, unsigned cls, uint8_t *low, uint8
                 status = rehash(log, waiting[i], &h)
                 target = high if (waiting[i] >> split_bit) & 1 else low
                 if status == FOUND:
-                    place(target, to_cls, home_bucket(h, to_cls), waiting[i])
-                elif status == DAMAGED:
-                    place_everywhere(shard, cls, stood[i], waiting[i], target, to_cls)
-                else:
+                    if not place(target, to_cls, home_bucket(h, to_cls), waiting[i]):
+                        return NO_ROOM
+                elif status != DAMAGED:
                     return status
+                elif not place_everywhere(shard, cls, stood[i], waiting[i], target, to_cls):
+                    return NO_ROOM
             n = 0
         if bucket == buckets:
             break
@@ -423,7 +444,8 @@ cdef int copy_entries(Log log, uint8_t *shard, unsigned cls, uint8_t *low, uint8
                 continue
             if cls == to_cls and not (displaced_at(shard, cls, bucket)[0] >> slot) & 1:
                 target = high if (value >> split_bit) & 1 else low
-                place(target, to_cls, bucket, value)
+                if not place(target, to_cls, bucket, value):
+                    return NO_ROOM
             else:
                 chunk = &log.chunks[(value & LOCATION_MASK) >> CHUNK_UNIT_SHIFT]
                 prefetch(chunk.base + (((value & LOCATION_MASK) - chunk.origin) << LOCATION_UNIT_SHIFT))
@@ -590,9 +612,12 @@ cdef bint check_shard(Log log, uint64_t page) except -1:
 
 def seal_index(Log log) -> None:
     """Gives every shard, the directory and the header their checksums; to be synced afterwards."""
-    cdef uint64_t word = log.index.header.directory, i, entry
-    cdef uint64_t *directory = <uint64_t *> (log.index.base + DIRECTORY_PAGE(word) * PAGE_BYTES)
+    cdef uint64_t word, i
+    cdef uint64_t *directory
     cdef uint8_t *shard
+    log.check_writer()
+    word = log.index.header.directory
+    directory = <uint64_t *> (log.index.base + DIRECTORY_PAGE(word) * PAGE_BYTES)
     with nogil:
         for i in range(<uint64_t> 1 << DIRECTORY_DEPTH(word)):
             shard = log.index.base + ENTRY_PAGE(directory[i]) * PAGE_BYTES
@@ -608,6 +633,9 @@ def extend_index(Log log, fd, uint64_t pages) -> None:
     cdef uint64_t mapped
     cdef uint8_t *base
     cdef Index *ix = &log.index
+    log.check_open()
+    if pages <= ix.pages:
+        return
     if pages * PAGE_BYTES > ix.mapped:
         if ix.private:
             mapped = 2 * pages * PAGE_BYTES
@@ -627,13 +655,17 @@ def extend_index(Log log, fd, uint64_t pages) -> None:
 
 def index_nonce(Log log) -> int:
     """The nonce in the index's own header."""
+    log.check_open()
     return log.index.header.nonce
 
 
 def index_facts(Log log) -> dict:
     """Pages and bytes of the index, its shards, slots and slots in use."""
-    cdef uint64_t word = log.index.header.directory, i, entry, last = 0, shards = 0, slots = 0, used = 0
-    cdef uint64_t *directory = <uint64_t *> (log.index.base + DIRECTORY_PAGE(word) * PAGE_BYTES)
+    cdef uint64_t word, i, entry, last = 0, shards = 0, slots = 0, used = 0
+    cdef uint64_t *directory
+    log.check_open()
+    word = log.index.header.directory
+    directory = <uint64_t *> (log.index.base + DIRECTORY_PAGE(word) * PAGE_BYTES)
     for i in range(<uint64_t> 1 << DIRECTORY_DEPTH(word)):
         entry = directory[i]
         if entry != last:

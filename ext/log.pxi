@@ -51,7 +51,7 @@ cdef class Log:
         Index index
         readonly uint64_t nonce     # what control said when the index was taken: its nonce,
         uint64_t epoch              # the store's epoch,
-        uint64_t begun              # and the last record that was begun
+        uint64_t last_version       # and the last version published
         Active active
         uint64_t seq, version, keys, live_bytes, log_bytes
         uint64_t trouble            # the location, or the number of pages, that a status is about
@@ -61,7 +61,11 @@ cdef class Log:
         uint64_t clears             # how often all segments were let go
         dict segments               # first chunk: (address, length, chunks) of those mapped
         readonly str poisoned       # why every write is refused since a sync failed, or None
-        bint refusing               # writes: poisoned, closing, closed, or only reading
+        bint refusing               # writes: poisoned, paused, closing, closed, or only reading
+        bint paused                 # writes wait for the owner
+        bint closing
+        bint building               # the index is being filled: reads wait for the owner
+        bint attention              # closed or building: reads look closer
         readonly bint eager         # every write is followed by owner._after_write()
         uint64_t unsynced_since     # version of the first write after the last sync, 0: none
         uint64_t patience           # ns after which a write waits for the flush, 0: never
@@ -81,7 +85,7 @@ cdef class Log:
         self.release()
 
     cdef void release(self):
-        self.closed = self.refusing = True
+        self.closed = self.refusing = self.attention = True
         self.writable = False
         self.chunks = NULL
         self.control = NULL
@@ -109,12 +113,31 @@ cdef class Log:
     def stop_writes(self, str poisoned=None) -> None:
         """Refuses every later write: because a sync failed, `poisoned` says how, or because the store is closing."""
         self.refusing = True
-        if poisoned is not None:
+        if poisoned is None:
+            self.closing = True
+        else:
             self.poisoned = poisoned
+
+    def pause(self, bint paused) -> None:
+        """While paused, writes call owner._await_turn() and try again."""
+        self.paused = paused
+        self.refusing = paused or self.closing or self.poisoned is not None or not self.writable
+
+    def build(self, bint building) -> None:
+        """While the index is being built, reads and writes of other threads call owner._await_turn()."""
+        self.building = building
+        self.attention = building or self.closed
+        self.pause(building)
 
     cdef int check_open(self) except -1:
         if self.closed:
             raise ClosedError("the store is closed")
+        return 0
+
+    cdef int check_writer(self) except -1:
+        self.check_open()
+        if not self.writable:
+            raise ReadOnlyError("the store is open for reading only")
         return 0
 
     # -- mappings ---------------------------------------------------------------------------------------
@@ -169,12 +192,14 @@ cdef class Log:
             self.unmap(self.segments[chunk][0])
         self.segments[chunk] = (<size_t> base, mapped, run)
 
-    def forget_segments(self) -> None:
-        """The store was cleared: lets all segments go, so that their space comes back."""
-        for chunk, (address, length, run) in self.segments.items():
-            memset(&self.chunks[chunk], 0, run * sizeof(Chunk))
-            self.unmap(address)
-        self.segments.clear()
+    def forget_segments(self, uint64_t before=CHUNK_COUNT) -> None:
+        """The store was cleared: lets all segments before that chunk go, so that their space comes back."""
+        self.check_open()
+        for chunk, (address, length, run) in list(self.segments.items()):
+            if chunk < before:
+                memset(&self.chunks[chunk], 0, run * sizeof(Chunk))
+                self.unmap(address)
+                del self.segments[chunk]
         self.clears += 1
 
     cdef int unmap(self, size_t address) except -1:
@@ -187,6 +212,7 @@ cdef class Log:
 
     def mapped(self, uint64_t chunk) -> int:
         """Bytes that are readable of the segment at this chunk."""
+        self.check_open()
         return self.chunks[chunk].limit
 
     @property
@@ -203,6 +229,7 @@ cdef class Log:
 
     def begin_control(self) -> None:
         """Fills a new control page: nothing in it is believed yet."""
+        self.check_writer()
         memset(self.control, 0, PAGE_BYTES)
         memcpy(self.control.magic, CONTROL_MAGIC, 8)
         self.control.format = FORMAT_VERSION
@@ -227,6 +254,7 @@ cdef class Log:
 
     def trust_index(self, bytes boot, uint64_t device, uint64_t inode, uint64_t index_inode, uint64_t nonce) -> None:
         """Says under which circumstances the index is right; the nonce last, as readers wait for it."""
+        self.check_writer()
         memcpy(self.control.boot, PyBytes_AS_STRING(boot), 16)
         self.control.device = device
         self.control.inode = inode
@@ -236,10 +264,12 @@ cdef class Log:
 
     def distrust_index(self) -> None:
         """No process takes the index from here on."""
+        self.check_writer()
         atomic_store(&self.control.index_nonce, 0)
 
     def note_manifest(self, bint coming, uint64_t generation, uint64_t inode, uint64_t ctime) -> None:
         """Vouches for a MANIFEST: the coming one before its rename, then the one in force."""
+        self.check_writer()
         cdef control_manifest *m = &self.control.manifest[coming]
         m.generation = 0
         atomic_store(&m.inode, inode)
@@ -249,10 +279,12 @@ cdef class Log:
 
     def mark_dirty(self) -> None:
         """Clears the clean mark; to be synced before the first store into log or index."""
+        self.check_writer()
         atomic_store(&self.control.clean, 0)
 
     def mark_clean(self, uint64_t generation) -> None:
         """Sets the clean mark, when log and index are on the device."""
+        self.check_writer()
         cdef control_page page = self.control[0]
         page.clean = generation
         self.control.crc = control_crc(&page)
@@ -260,19 +292,20 @@ cdef class Log:
 
     def note_epoch(self, uint64_t epoch) -> None:
         """The store's epoch, or the one that it is about to begin: readers then look at the MANIFEST."""
+        self.check_writer()
         atomic_store(&self.control.epoch, epoch)
 
     @property
     def signs(self) -> tuple:
-        """What the control page says to readers: (nonce of the index, epoch, last version begun); zeros without one."""
+        """What the control page says to readers: (nonce of the index, epoch, last version); zeros without one."""
         if self.control == NULL:
             return 0, 0, 0
         return (atomic_load(&self.control.index_nonce), atomic_load(&self.control.epoch),
-                atomic_load(&self.control.begun_version))
+                atomic_load(&self.control.last_version))
 
     def heed(self, tuple signs) -> None:
         """Goes on with the index that is there until the control page says something else than this."""
-        self.nonce, self.epoch, self.begun = signs
+        self.nonce, self.epoch, self.last_version = signs
 
     def note_sync_failure(self, int number) -> None:
         if self.control != NULL:
@@ -280,6 +313,7 @@ cdef class Log:
 
     def note_durable(self, uint64_t number, uint64_t end) -> None:
         """A sync has returned that covered the log up to there."""
+        self.check_writer()
         self.control.durable_number = number
         self.control.durable_end = end
 
@@ -302,12 +336,14 @@ cdef class Log:
 
     def restore_state(self) -> tuple:
         """Takes the state from the index: (file number, end, last version) of the log that it belongs to."""
+        self.check_open()
         self.load_state()
         cdef index_state *s = &self.index.page.state[self.seq & 1]
         return s.number, s.end, s.version
 
     def settle_state(self, uint64_t number, uint64_t end, uint64_t version, log_bytes=None) -> None:
         """States where the log ends now."""
+        self.check_writer()
         if log_bytes is not None:
             self.log_bytes = log_bytes
         commit(self, number, end, version, NULL, 0, 0)
@@ -315,6 +351,7 @@ cdef class Log:
     @property
     def state(self) -> dict:
         """Counts as of now: keys, aligned bytes of live and of all records, last version."""
+        self.check_open()
         if not self.writable:
             self.load_state()
         return {"keys": self.keys, "live_bytes": self.live_bytes, "log_bytes": self.log_bytes, "version": self.version}
@@ -322,6 +359,7 @@ cdef class Log:
     @property
     def position(self) -> tuple:
         """(file number, end) of the log, in a writer."""
+        self.check_open()
         return self.active.number, self.active.end
 
     @property
@@ -337,6 +375,7 @@ cdef class Log:
     @property
     def reserved_end(self) -> int:
         """Bytes of the active segment up to here may hold an unfinished record."""
+        self.check_writer()
         return self.control.reserved_end
 
     def set_sync(self, bint eager, uint64_t patience) -> None:
@@ -395,25 +434,33 @@ cdef inline void commit(Log log, uint64_t number, uint64_t end, uint64_t version
         atomic_store(slot, value)
     log.seq += 1
     atomic_store(&log.index.page.seq, log.seq)
+    if log.writable:
+        atomic_store(&log.control.last_version, version)
 
 
 cdef int settle(Log log, int status) except -1:
     """Does what a negative status asks for, so that the caller can try again; raises what it cannot mend."""
     cdef uint64_t location = log.trouble
+    cdef int why = log.trouble_status
+    cdef uint32_t expected = log.trouble_expected, found = log.trouble_found
     try:
-        return ask_owner(log, log.owner, status, location)
+        ask_owner(log, log.owner, &status, location)
+        if status == DAMAGED:       # another thread may have had trouble of its own meanwhile
+            log.trouble_status, log.trouble_expected, log.trouble_found = why, expected, found
+            raise_damage(log, location)
+        return 0
     except OSError:
         if log.closed:          # by another thread, meanwhile
             raise ClosedError("the store is closed") from None
         raise
 
 
-cdef int ask_owner(Log log, owner, int status, uint64_t location) except -1:
+cdef int ask_owner(Log log, owner, int *code, uint64_t location) except -1:
+    cdef int status = code[0]
     if status == UNMAPPED:
-        if owner._map_location(location):
-            return 0
-        status = DAMAGED
-    if status == UNCHECKED:
+        if not owner._map_location(location):
+            code[0] = DAMAGED
+    elif status == UNCHECKED:
         if not check_shard(log, location):
             owner._index_damaged(f"the shard at page {location} fails its checksum")
     elif status == INDEX_GREW:
@@ -423,8 +470,6 @@ cdef int ask_owner(Log log, owner, int status, uint64_t location) except -1:
         owner._index_pages(location)
     elif status == NO_MEMORY:
         raise MemoryError()
-    elif status == DAMAGED:
-        raise_damage(log, location)
     elif status == NOT_A_PUT:
         number, offset = owner._segment_of(location)
         raise CorruptionError("the index points at a record that is not a put", segment=number, offset=offset,

@@ -14,6 +14,7 @@ cdef enum Status:           # negative: not settled by memory alone, `settle` kn
     NEED_PAGES = -5         # the index file must be longer
     NO_MEMORY = -6
     NOT_A_PUT = -7          # the index points at a record that is none
+    NO_ROOM = -8            # a shard that is being filled is too small
 
 
 cdef enum ScanStatus:       # why a scan stopped, beside the codes of record_unpack

@@ -20,6 +20,7 @@ cdef uint64_t SCAN_FIRST = 16 << 10, SCAN_STEP = 4 << 20       # pages made pres
 
 
 cdef int begin_scan(Log log, Scan *s, uint64_t chunk, uint64_t start, uint64_t stop, uint64_t version) except -1:
+    log.check_open()
     cdef Chunk *entry = &log.chunks[chunk]
     if entry.base == NULL:
         raise ValueError(f"no segment is mapped at chunk {chunk}")
@@ -34,15 +35,27 @@ cdef int begin_scan(Log log, Scan *s, uint64_t chunk, uint64_t start, uint64_t s
     return 0
 
 
+cdef bint make_present(Scan *s, uint64_t end) noexcept nogil:
+    """A page that the device cannot read is an error here, and not a SIGBUS later."""
+    end = min(max(end, s.populated + s.step), s.stop)
+    s.step = min(4 * s.step, SCAN_STEP)
+    if populate(<uint8_t *> s.base + s.populated, end - s.populated, False):
+        return False
+    s.populated = end
+    return True
+
+
 cdef inline int next_record(Scan *s, record_view *r) noexcept nogil:
     """The next whole record, RECORD_OK; or why there is none, and then the scan stands before it."""
     cdef int status
+    cdef uint64_t end
     if s.offset >= s.stop:
         return SCAN_STOP
-    if s.offset >= s.populated:     # a page that the device cannot read is an error here, not a SIGBUS
-        s.populated = min(s.offset + s.step, s.stop)
-        s.step = min(4 * s.step, SCAN_STEP)
-        if populate(<uint8_t *> s.base + s.offset, s.populated - s.offset, False):
+    if s.offset + RECORD_HEADER_BYTES > s.populated and not make_present(s, s.offset + RECORD_HEADER_BYTES):
+        return SCAN_IO_ERROR
+    if s.offset + RECORD_HEADER_BYTES < s.stop:
+        end = s.offset + record_reach(s.base + s.offset)
+        if end > s.populated and end <= s.stop and not make_present(s, end):
             return SCAN_IO_ERROR
     status = record_unpack(r, s.base + s.offset, s.stop - s.offset, s.salt, s.offset, True)
     if status != RECORD_OK:
@@ -137,6 +150,7 @@ cdef inline void prefetch_bucket(Log log, uint64_t h) noexcept nogil:
 
 def adopt_last(Log log, uint64_t chunk) -> None:
     """Completes an operation whose slot is set but whose state block was not made current by a kill."""
+    log.check_open()
     cdef index_state *now = &log.index.page.state[log.seq & 1]
     cdef index_state *other = &log.index.page.state[(log.seq + 1) & 1]
     cdef Scan s
@@ -219,6 +233,8 @@ def find_mark(Log log, uint64_t chunk, uint64_t start, uint64_t version) -> tupl
     cdef uint64_t number = 0, end = 0
     cdef bint found = False
     begin_scan(log, &s, chunk, start, log.chunks[chunk].limit, version)
+    if s.offset < s.stop and not make_present(&s, s.stop):
+        raise Error(5, "input/output error behind the end of the log")
     with nogil:
         while s.offset + MARK_BYTES <= s.stop:
             if (s.base + s.offset)[18] == KIND_SYNC_MARK and \
@@ -241,6 +257,8 @@ def find_record(Log log, uint64_t chunk, uint64_t start, uint64_t version) -> in
     cdef uint64_t highest = 0
     cdef uint8_t kind
     begin_scan(log, &s, chunk, start, log.chunks[chunk].limit, version)
+    if s.offset < s.stop and not make_present(&s, s.stop):
+        raise Error(5, "input/output error behind the end of the log")
     with nogil:
         while s.offset + RECORD_HEADER_BYTES + 4 <= s.stop:
             kind = (s.base + s.offset)[18]

@@ -11,6 +11,7 @@ cdef char ZEROS[ZEROS_STEP]
 def set_active(Log log, int fd, uint64_t number, uint64_t chunk, uint64_t capacity, uint64_t allocated,
                uint64_t end) -> None:
     """The segment that is appended to, mapped before, and where its log ends."""
+    log.check_writer()
     cdef Chunk *entry = &log.chunks[chunk]
     log.active.base = entry.base
     log.active.fd = fd
@@ -25,6 +26,7 @@ def set_active(Log log, int fd, uint64_t number, uint64_t chunk, uint64_t capaci
 
 def set_allocated(Log log, uint64_t chunk, uint64_t allocated) -> None:
     """The active segment's file has grown."""
+    log.check_writer()
     log.active.base = log.chunks[chunk].base
     log.active.allocated = allocated
 
@@ -55,12 +57,14 @@ cdef int populate_ahead(Log log, uint64_t need) except -1:
 
 
 cdef inline int check_writable(Log log) except -1:
-    if log.refusing:
+    while log.refusing:
         if log.poisoned is not None:
             raise Error(log.poisoned)
-        if log.writable or log.closed:
+        if log.closing or log.closed:
             raise ClosedError("the store is closed")
-        raise ReadOnlyError("the store is open for reading only")
+        if not log.writable:
+            raise ReadOnlyError("the store is open for reading only")
+        log.owner._await_turn()
     return 0
 
 
@@ -79,7 +83,6 @@ cdef inline uint64_t write_record(Log log, uint8_t kind, Bytes key, Bytes value,
     cdef Active *a = &log.active
     cdef uint64_t version = next_version(log)
     atomic_store(&log.control.reserved_end, a.end + need)
-    atomic_store(&log.control.begun_version, version)
     record_pack(a.base + a.end, a.salt, a.end, kind, version, key.data, <uint32_t> key.size,
                 value.data, <uint32_t> value.size)
     return version
@@ -192,36 +195,44 @@ cdef uint64_t delete(Log log, Bytes key, object popped) except? 0:
 cdef int after_write(Log log, uint64_t version) except -1:
     """With `sync="always"`, and where a flush is due, the write waits for the device."""
     if log.eager:
-        log.owner._after_write(True)
+        log.owner._sync_to(version)
     elif log.unsynced_since == 0:
         log.unsynced_since = version
-        log.owner._after_write(False)
+        log.owner._flush_later()
     elif version - log.unsynced_since > log.patience:
-        log.owner._after_write(True)
+        log.owner._sync_to(version)
     return 0
 
 
-def append_mark(Log log, uint64_t number, uint64_t end) -> bool:
-    """Appends a sync mark: a sync has returned that covered the log up to there.  False if it does not fit."""
+def append_mark(Log log, uint64_t number, uint64_t end, uint64_t covered) -> int:
+    """Appends a sync mark, if it fits: a sync has returned that covered the log up to there, and all versions up to
+    `covered`.  Returns up to which version nothing needs a sync: with the mark's, if nothing came before it."""
     cdef sync_mark_value mark = sync_mark_value(number, end)
     cdef Bytes key = Bytes(NULL, 0), value = Bytes(<uint8_t *> &mark, sizeof(mark))
     cdef uint64_t version, need = MARK_SIZE
+    cdef bint quiet = log.version <= covered
+    log.check_writer()
     if log.active.end + need > log.active.allocated:
-        return False
+        return covered
     if log.active.end + need > log.active.populated:
         populate_ahead(log, need)
     version = write_record(log, KIND_SYNC_MARK, key, value, need)
     move_end(log, need)
     commit(log, log.active.number, log.active.end, version, NULL, 0, 0)
-    return True
+    return version if quiet else covered
 
 
 def switch_segment(Log log, int fd, uint64_t number, uint64_t chunk, uint64_t capacity, uint64_t allocated) -> None:
     """Goes on in the successor, mapped and named in the MANIFEST: its first record says where the last one ended."""
     cdef continues_value link = continues_value(log.active.number, log.active.end, log.version)
     cdef Active *a = &log.active
+    cdef int problem
+    log.check_writer()
+    problem = populate(log.chunks[chunk].base, PAGE_BYTES, True)
+    if problem:
+        raise Error(problem, f"cannot write to segment {number}: {os.strerror(problem)}")
     set_active(log, fd, number, chunk, capacity, allocated, SEGMENT_HEADER_BYTES)
-    populate_ahead(log, 0)
+    a.populated = PAGE_BYTES
     atomic_store(&log.control.reserved_end, a.end + CONTINUES_SIZE)
     record_pack(a.base + a.end, a.salt, a.end, KIND_CONTINUES, log.version, NULL, 0, &link, sizeof(link))
     a.end += CONTINUES_SIZE

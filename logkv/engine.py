@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from logkv import _core, files, manifest, recovery
@@ -26,6 +29,8 @@ class Engine:
         self.directory = directory
         self.writable = writable
         self.users = 0
+        self._lock = threading.RLock()  # the index while it is being built, and letting go; a writer adds to this
+        self._failure: BaseException | None = None      # why there is no index at all
         self.log: _core.Log
         self.recovered: dict[str, Any] = {}
         self._control_fd = -1
@@ -58,8 +63,11 @@ class Engine:
         """Maps the control page, if there is one to be read."""
         try:
             fd = self.directory.open(files.CONTROL, writable=self.writable)
-        except OSError:
+        except FileNotFoundError:
             return False
+        except OSError as problem:
+            raise Error(problem.errno, f"cannot open the control page: {problem.strerror}",
+                        self.path_of(files.CONTROL)) from None
         if os.fstat(fd).st_size < _core.PAGE:
             os.close(fd)
             return False
@@ -107,18 +115,39 @@ class Engine:
     def _build_own_index(self, why: str) -> None:
         """An index in this process's memory, of the log as it is now.  A store that is written meanwhile, or was not
         to be trusted, is looked at again as soon as the control page changes."""
-        for attempt in range(ATTEMPTS):
-            signs = self.log.signs
-            self.manifest, instance = self._read_manifest()
-            self.promised = recovery.promised(self.log, instance)
-            self._now_in(self.manifest.epoch, signs)
+        with self._building():
+            for attempt in range(ATTEMPTS):
+                signs = self.log.signs
+                self.manifest, instance = self._read_manifest()
+                self.promised = recovery.promised(self.log, instance)
+                self._now_in(self.manifest.epoch, signs)
+                try:
+                    _core.create_index(self.log, None, recovery.expected_keys(self), self.manifest.epoch, signs[0])
+                    recovery.rebuild(self, why)
+                    return
+                except (CorruptionError, FileNotFoundError):
+                    if not self._overtaken() or attempt == ATTEMPTS - 1:
+                        raise
+
+    @contextmanager
+    def _building(self) -> Iterator[None]:
+        """While the index is not whole, other threads wait; if it cannot be built, they are told why."""
+        with self._lock:
+            self.log.build(True)
             try:
-                _core.create_index(self.log, None, recovery.expected_keys(self), self.manifest.epoch, signs[0])
-                recovery.rebuild(self, why)
-                return
-            except (CorruptionError, FileNotFoundError):
-                if not self._overtaken() or attempt == ATTEMPTS - 1:
-                    raise
+                yield
+            except BaseException as problem:
+                self._failure = problem
+                raise
+            else:
+                self._failure = None
+                self.log.build(False)
+
+    def _await_turn(self) -> None:
+        """Returns when nobody builds the index or changes what is appended to."""
+        with self._lock:
+            if self._failure is not None:
+                raise Error(f"the store has no index: {self._failure}") from self._failure
 
     def _overtaken(self) -> bool:
         """Whether a writer has changed the list of segments since we read it."""
@@ -138,6 +167,10 @@ class Engine:
 
     def release(self) -> None:
         """Lets everything go, whatever state it is in."""
+        with self._lock:
+            self._release()
+
+    def _release(self) -> None:
         log = getattr(self, "log", None)
         if log is not None:
             log.close()
@@ -218,7 +251,8 @@ class Engine:
             return False
         try:
             pages = os.fstat(fd).st_size // _core.PAGE
-            if pages * _core.PAGE > before and os.fstat(fd).st_ino == self.log.trust.get("index_inode"):
+            if pages * _core.PAGE > before and self.log.signs[0] == self.log.nonce \
+                    and os.fstat(fd).st_ino == self.log.trust.get("index_inode"):
                 _core.extend_index(self.log, fd, pages)
                 return True
         finally:

@@ -123,26 +123,40 @@ class Directory:
             pass
 
     def save_aside(self, label: str, data: bytes) -> None:
-        """Writes bytes to a file under `lost+found`, durably: under its name it is whole."""
+        """Writes bytes to a new file under `lost+found`, durably: under its name it is whole.  What was saved under the
+        same label before stays."""
         try:
             os.mkdir(LOST_FOUND, self.mode | (self.mode & 0o444) >> 2, dir_fd=self.fd)
         except FileExistsError:
             pass
-        name = f"{LOST_FOUND}/{label}"
-        self.unlink(name + ".tmp")
-        fd = self.open(name + ".tmp", writable=True, create=True, exclusive=True)
+        name, turn = f"{LOST_FOUND}/{label}", 1
+        unfinished = name + ".tmp"
+        while self._exists(name):
+            if self.read(name) == data:
+                return
+            turn += 1
+            name = f"{LOST_FOUND}/{label}.{turn}"
+        self.unlink(unfinished)
+        fd = self.open(unfinished, writable=True, create=True, exclusive=True)
         try:
             write_at(fd, data, 0)
             sync_data(fd)
         finally:
             os.close(fd)
-        self.rename(name + ".tmp", name)
+        self.rename(unfinished, name)
         fd = os.open(LOST_FOUND, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
         self.sync()
+
+    def _exists(self, name: str) -> bool:
+        try:
+            self.stat(name)
+        except FileNotFoundError:
+            return False
+        return True
 
     def sync(self) -> None:
         """Makes created, renamed and removed names durable."""

@@ -70,7 +70,6 @@ class Tail:
     segment: Segment
     end: int
     version: int
-    lost_version: int = 0               # the highest that was seen behind the end
     abandoned: list[Segment] | None = None    # segments that begin beyond the end
 
 

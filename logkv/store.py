@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import warnings
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, MutableMapping, ValuesView
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, MutableMapping, ValuesView
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from logkv import _core, files
 from logkv.engine import Engine
 from logkv.errors import ClosedError, LockedError, ReadOnlyError
-from logkv.writer import Options, Writing
+from logkv.writer import Options, Writing, writers
 
 Path = str | os.PathLike[str]
 Key = bytes | str
@@ -20,6 +21,7 @@ Value = bytes | str | bytearray | memoryview
 Sync = float | Literal["os", "always"]
 
 _engines: dict[tuple[int, int, bool], Engine] = {}      # by device, inode, writable
+_closing: dict[tuple[int, int, bool], threading.Event] = {}
 _engines_lock = threading.RLock()
 
 
@@ -30,39 +32,46 @@ def _text(path: Path) -> str:
     return name
 
 
+def _shared(directory: files.Directory, writable: bool, make: Callable[[], Engine]) -> tuple[Engine, bool]:
+    """The process's engine for a store, and whether it is new.  One that is just closing is waited for."""
+    key = (*directory.identity(), writable)
+    while True:
+        with _engines_lock:
+            closing = _closing.get(key)
+            if closing is None:
+                engine = _engines.get(key)
+                new = engine is None
+                if engine is None:
+                    engine = _engines[key] = make()
+                else:
+                    directory.close()
+                engine.users += 1
+                return engine, new
+        closing.wait()
+
+
 def _acquire_reader(path: str) -> Engine:
     directory = files.Directory(path)
-    key = (*directory.identity(), False)
-    with _engines_lock:
-        engine = _engines.get(key)
-        if engine is None:
-            engine = _engines[key] = Engine(directory)
-        else:
-            directory.close()
-        engine.users += 1
-        return engine
+    return _shared(directory, False, lambda: Engine(directory))[0]
 
 
 def _acquire_writer(path: str, flag: str, mode: int, options: Options, timeout: float) -> Writing:
     directory = files.Directory(path, create=flag in "cn", mode=mode)
-    key = (*directory.identity(), True)
-    with _engines_lock:
-        engine = _engines.get(key)
-        if engine is None:
-            engine = _engines[key] = Writing(directory, options, create=flag in "cn", timeout=timeout)
-            if flag == "n" and not engine.created:
-                engine.clear()
-        else:
-            directory.close()
-            assert isinstance(engine, Writing)
-            if flag == "n":
-                raise LockedError(f"{path} is open for writing in this process: it cannot be replaced", pid=os.getpid())
-            if engine.options != options:
-                raise ValueError(f"{path} is open in this process with {engine.options}; it cannot be opened with "
-                                 f"{options} beside that")
-        assert isinstance(engine, Writing)
-        engine.users += 1
-        return engine
+    engine, new = _shared(directory, True,
+                          lambda: Writing(directory, options, create=flag in "cn", timeout=timeout))
+    assert isinstance(engine, Writing)
+    try:
+        if not new and flag == "n":
+            raise LockedError(f"{path} is open for writing in this process: it cannot be replaced", pid=os.getpid())
+        if engine.options != options:
+            raise ValueError(f"{path} is open in this process with {engine.options}; it cannot be opened with "
+                             f"{options} beside that")
+        if flag == "n" and not engine.created:
+            engine.clear()
+    except BaseException:
+        _release(engine)
+        raise
+    return engine
 
 
 def _release(engine: Engine) -> None:
@@ -70,20 +79,38 @@ def _release(engine: Engine) -> None:
         engine.users -= 1
         if engine.users:
             return
-        for key in [key for key, value in _engines.items() if value is engine]:
+        keys = [key for key, value in _engines.items() if value is engine]
+        ended = threading.Event()
+        for key in keys:
             del _engines[key]
-    engine.close()
+            _closing[key] = ended
+    try:
+        engine.close()
+    finally:
+        with _engines_lock:
+            for key in keys:
+                del _closing[key]
+        ended.set()
 
 
 def _after_fork_in_child() -> None:
     global _engines_lock
     _engines_lock = threading.RLock()
+    _closing.clear()
     for key, engine in list(_engines.items()):
         if engine.writable:
             del _engines[key]
-        engine.after_fork()
+    for writer in writers():
+        writer.after_fork()
 
 
+def _close_all() -> None:
+    """At the interpreter's end, while threads can still be waited for."""
+    for engine in list(_engines.values()):
+        engine.close()
+
+
+atexit.register(_close_all)
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 

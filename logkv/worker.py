@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import sys
 import threading
 import time
 import weakref
@@ -39,8 +40,9 @@ class Worker:
                 return
             heapq.heappush(self._queue, (time.monotonic() + delay, next(self._order), name))
             if self._thread is None:
-                self._thread = threading.Thread(target=_run, args=(self._engine, self), name="logkv", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=_run, args=(self._engine, self), name="logkv", daemon=True)
+                thread.start()
+                self._thread = thread
             self._wake.notify()
 
     def next_task(self) -> str | None:
@@ -66,7 +68,7 @@ class Worker:
             self._stopped = True
             self._queue.clear()
             self._wake.notify()
-        if self._thread is not None and self._thread is not threading.current_thread():
+        if self._thread is not None and self._thread is not threading.current_thread() and not sys.is_finalizing():
             self._thread.join()
         self._thread = None
 

@@ -10,18 +10,20 @@ import os
 import secrets
 import threading
 import time
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
 from logkv import _core, files, manifest, recovery
 from logkv.engine import Engine, no_store
-from logkv.errors import ClosedError, Error, NotFoundError
+from logkv.errors import ClosedError, Error, NotFoundError, ReadOnlyError
 from logkv.manifest import Instance, Manifest, Segment
 from logkv.worker import Worker
 
 FIRST_STEP = 32 << 10           # bytes that a new segment's file has
 LARGEST_STEP = 16 << 20         # by which it grows at the most
 START = _core.SEGMENT_HEADER
+_alive: weakref.WeakSet[Writing] = weakref.WeakSet()    # also those that are just being opened or closed
 PARTIAL = 4096                  # bytes behind a trusted end that are looked at, beside what was reserved
 
 
@@ -51,16 +53,16 @@ class Options:
 class Writing(Engine):
     """A store, open for writing, shared by all handles of the process that write it.
 
-    Locks are taken in the order `_seal_lock`, `_sync_lock`, `_lock`; a put's fast path takes none of them.
+    Locks are taken in the order `_seal_lock`, `_sync_lock`, `_lock`; a put's fast path takes none of them.  They may
+    be taken twice, for a signal's handler or a finalizer may close the store in the middle of anything.
     """
 
     def __init__(self, directory: files.Directory, options: Options, *, create: bool, timeout: float) -> None:
         self.options = options
         self._create_missing = create
         self._timeout = timeout
-        self._lock = threading.RLock()          # the MANIFEST, the active segment, rotation
-        self._sync_lock = threading.Lock()      # one fdatasync at a time; whoever waits for it shares it
-        self._seal_lock = threading.Lock()
+        self._sync_lock = threading.RLock()     # one fdatasync of the log at a time; whoever waits for it shares it
+        self._seal_lock = threading.RLock()     # `_lock`, of Engine, holds the MANIFEST, the active segment, rotation
         self._lock_fd = self._index_fd = -1
         self._fds: dict[int, int] = {}          # of segments that are not sealed, open since before their first store
         self._synced_version: int | None = None  # all up to here is on the device; None: not known
@@ -68,6 +70,7 @@ class Writing(Engine):
         self.problem: BaseException | None = None   # the last failure on the background thread
         self._closing = False
         self.created = False                    # there was no store before
+        _alive.add(self)
         super().__init__(directory, writable=True)
 
     # -- opening ----------------------------------------------------------------------------------------
@@ -108,7 +111,7 @@ class Writing(Engine):
         """A new store in an empty directory, or in one where that was begun before: the MANIFEST comes last."""
         self.created = True
         for name in self.directory.names():
-            if name not in (files.LOCK, files.CONTROL):
+            if name not in (files.LOCK, files.CONTROL, files.LOST_FOUND):
                 self.directory.unlink(name)
         new = Manifest.new()
         new.generation = 1
@@ -139,7 +142,8 @@ class Writing(Engine):
 
     def _open_control(self) -> None:
         self._allocate_control()
-        self._map_control()
+        if not self._map_control():
+            raise Error("the control page vanished while the store was opened")
         if not self.log.trust:
             self.log.begin_control()
 
@@ -189,10 +193,11 @@ class Writing(Engine):
         """
         expected = recovery.expected_keys(self)
         self.directory.unlink(files.INDEX_NEXT)
-        self._keep_index(self.directory.open(files.INDEX_NEXT, writable=True, create=True, exclusive=True))
-        files.allocate(self._index_fd, _core.index_pages(expected) * _core.PAGE)
-        _core.create_index(self.log, self._index_fd, expected, self.manifest.epoch, secrets.randbits(63) + 1)
-        tail = recovery.rebuild(self, why)
+        with self._building():
+            self._keep_index(self.directory.open(files.INDEX_NEXT, writable=True, create=True, exclusive=True))
+            files.allocate(self._index_fd, _core.index_pages(expected) * _core.PAGE)
+            _core.create_index(self.log, self._index_fd, expected, self.manifest.epoch, secrets.randbits(63) + 1)
+            tail = recovery.rebuild(self, why)
         self.log.distrust_index()
         self.log.mark_dirty()
         files.sync_data(self._control_fd)
@@ -316,9 +321,9 @@ class Writing(Engine):
                     return
                 if not full:
                     self._rotate(need)
-                    self._request_sealing()
-                    return
+                    break
             self._seal_oldest()         # at most one full segment is unsealed: this put waits
+        self._request_sealing()
 
     def _grow_file(self, needed: int) -> None:
         fd = self._fds[self._active.number]
@@ -373,6 +378,7 @@ class Writing(Engine):
         fd = self._fd_of(segment)
         files.allocate(fd, file_step(os.fstat(fd).st_size, segment.capacity, START + _core.CONTINUES_SIZE + need))
         size = os.fstat(fd).st_size
+        files.allocate(fd, size, whole=True)
         self.map_segment(segment, size)
         _core.switch_segment(self.log, fd, segment.number, segment.chunk, segment.capacity, min(size, segment.capacity))
         self._active = segment
@@ -401,15 +407,17 @@ class Writing(Engine):
                 link = _core.read_link(self.log, following.chunk)
                 assert link is not None and link[0] == segment.number
                 end = link[1]
-            self._sync_fd(fd)
-            self._sync_fd(following_fd)     # a segment behind a sealed one begins with its link, whatever happens
+            with self._sync_lock:
+                self._sync_fd(fd)
+                self._sync_fd(following_fd)     # a segment behind a sealed one begins with its link, whatever happens
             value = _core.build_footer(self.log, segment.chunk, end)
             first, last, records = (int.from_bytes(value[at:at + 8], "little") for at in (0, 8, 16))
             record = _core.encode_record(_core.FOOTER, last, b"", value, segment.salt, end)
             files.allocate(fd, end + len(record))
             files.write_at(fd, record, end)
-            self._sync_fd(fd)
             with self._sync_lock, self._lock:
+                self._sync_fd(fd)
+                self._check_open()
                 new = self.manifest.copy()
                 sealed = new.segment_numbered(segment.number)
                 assert sealed is not None
@@ -417,6 +425,8 @@ class Writing(Engine):
                 sealed.first_version, sealed.last_version = first, last
                 self._write_manifest(new)
                 self._close_fd(segment)
+                if self.log.trust["durable"] < (following.number, START):
+                    self.log.note_durable(following.number, START)
 
     # -- the device -------------------------------------------------------------------------------------
 
@@ -429,6 +439,8 @@ class Writing(Engine):
         with self._sync_lock:
             if self.log.closed:
                 raise ClosedError("the store is closed")
+            if not self.writable:
+                raise ReadOnlyError("the store is open for reading only")
             if self._synced_version is not None and self._synced_version >= version:
                 return
             if self.log.poisoned:
@@ -442,10 +454,8 @@ class Writing(Engine):
             with self._lock:
                 self.log.note_durable(number, end)
                 self.log.synced(covered)
-                marked = self.log.state["version"] == covered
-                _core.append_mark(self.log, number, end)
-                self._synced_version = self.log.state["version"] if marked else covered
-            if not marked:
+                self._synced_version = _core.append_mark(self.log, number, end, covered)
+            if self._synced_version == covered:
                 self._flush_later()         # writes came in meanwhile
 
     def _sync_fd(self, fd: int) -> None:
@@ -463,13 +473,6 @@ class Writing(Engine):
             "on the device; reading goes on, writing needs the store to be closed and opened again")
         self.log.note_sync_failure(problem.errno or 5)
 
-    def _after_write(self, wait: bool) -> None:
-        """A write that must not stay unsynced for long."""
-        if wait:
-            self._sync_to(self.log.state["version"])
-        else:
-            self._flush_later()
-
     def _flush_later(self) -> None:
         """The flush begins at half of the seconds that a write may stay unsynced."""
         if self.options.background and not isinstance(self.options.sync, str):
@@ -486,6 +489,7 @@ class Writing(Engine):
             durable = START
         self.map_segment(segment)
         _, durable, version, _ = _core.survey(self.log, segment.chunk, START, durable, 0)
+        version = max([version, *(s.last_version for s in segments)])
         new = self.manifest.copy()
         at = segments.index(segment)
         del new.segments[at + 1:]
@@ -493,11 +497,11 @@ class Writing(Engine):
         parts = []
         for source in segments[at:segments.index(tail.segment) + 1]:
             start = durable if source is segment else START
-            stop = tail.end if source is tail.segment else 1 << 62
+            stop = tail.end if source is tail.segment else source.end if source.end is not None else 1 << 62
             parts.append((source.chunk, start, stop))
         size = START + _core.CONTINUES_SIZE + sum(min(stop, self.log.mapped(chunk)) - start for chunk, start, stop in parts)
         copy = new.add_segment(max(self.options.segment_size, size + _core.MARK_SIZE))
-        records = _core.encode_link(number, durable, version, copy.salt)
+        records = _core.encode_link(segment.number, durable, version, copy.salt)
         for chunk, start, stop in parts:
             records += _core.copy_records(self.log, chunk, start, stop, copy.salt, START + len(records))
         self._create_segment(new, copy, records)
@@ -514,36 +518,56 @@ class Writing(Engine):
         with self._seal_lock, self._sync_lock, self._lock, \
                 files.full_disk_is_an_error(self.directory.path, "empty the store"):
             self._check_open()
-            if self.log.poisoned:
-                raise Error(self.log.poisoned)
-            version = max(self.log.state["version"] + 1, manifest.now())
-            new = self.manifest.copy()
-            new.segments.clear()
-            new.epoch += 1
-            segment = new.add_segment(self.options.segment_size)
-            number, end = self.log.position
-            records = _core.encode_link(number, end, self.log.state["version"], segment.salt)
-            records += _core.encode_record(_core.CLEAR, version, b"", b"", segment.salt, START + len(records))
-            self._create_segment(new, segment, records)
-            self.directory.unlink(files.INDEX_NEXT)
-            index_fd = self.directory.open(files.INDEX_NEXT, writable=True, create=True, exclusive=True)
+            self.log.pause(True)            # puts take no lock: they wait here
+            try:
+                self._begin_anew()
+            finally:
+                self.log.pause(False)
+
+    def _begin_anew(self) -> None:
+        """What can fail comes before the MANIFEST; where something fails behind it, writing ends."""
+        version = max(self.log.state["version"] + 1, manifest.now())
+        new = self.manifest.copy()
+        new.segments.clear()
+        new.epoch += 1
+        segment = new.add_segment(self.options.segment_size)
+        number, end = self.log.position
+        records = _core.encode_link(number, end, version - 1, segment.salt)
+        records += _core.encode_record(_core.CLEAR, version, b"", b"", segment.salt, START + len(records))
+        self._create_segment(new, segment, records)
+        size = os.fstat(self._fds[segment.number]).st_size
+        self.map_segment(segment, size)
+        self.directory.unlink(files.INDEX_NEXT)
+        index_fd = self.directory.open(files.INDEX_NEXT, writable=True, create=True, exclusive=True)
+        try:
             files.allocate(index_fd, _core.index_pages(0) * _core.PAGE)
-            old = self.manifest.segments
             self.log.note_epoch(new.epoch)      # readers look at the MANIFEST until the new index is named
+            old = self.manifest.segments
             self._write_manifest(new)
+        except BaseException:
+            os.close(index_fd)
+            self.log.note_epoch(self.manifest.epoch)
+            raise
+        try:
             self.directory.rename(files.INDEX_NEXT, files.INDEX)
             self._keep_index(index_fd)
-            _core.create_index(self.log, index_fd, 0, new.epoch, secrets.randbits(63) + 1)
-            self.log.forget_segments()
-            self._epoch = new.epoch
-            self._set_active(segment, os.fstat(self._fds[segment.number]).st_size, START + len(records))
-            self.log.settle_state(segment.number, START + len(records), version, len(records))
+            with self._building():
+                _core.create_index(self.log, index_fd, 0, new.epoch, secrets.randbits(63) + 1)
+                _core.set_active(self.log, self._fds[segment.number], segment.number, segment.chunk, segment.capacity,
+                                 min(size, segment.capacity), START + len(records))
+                self.log.settle_state(segment.number, START + len(records), version, len(records))
+            self.log.pause(True)
+            self._active, self._epoch = segment, new.epoch
             self._vouch_index(_core.index_nonce(self.log))
             self.log.note_durable(segment.number, START + len(records))
             self._synced_version = version
+            self.log.forget_segments(segment.chunk)
             for gone in old:
                 self._drop(gone)
             self.directory.sync()
+        except BaseException as problem:
+            self.log.stop_writes(f"the store was emptied, but could not go on: {problem}")
+            raise
 
     # -- the index's file -------------------------------------------------------------------------------
 
@@ -554,12 +578,16 @@ class Writing(Engine):
             _core.extend_index(self.log, self._index_fd, pages)
 
     def _index_damaged(self, why: str) -> None:
-        """A shard fails its checksum: the log has it all."""
+        """A shard fails its checksum: the log has it all.  If it cannot be built from that, writing ends."""
         with self._lock:
             active, end, version = self._active, self.log.position[1], self.log.state["version"]
-            self._rebuild(why)
-            self.log.settle_state(active.number, end, version)
-            self._vouch_index(_core.index_nonce(self.log))
+            try:
+                self._rebuild(why)
+                self.log.settle_state(active.number, end, version)
+                self._vouch_index(_core.index_nonce(self.log))
+            except BaseException as problem:
+                self.log.stop_writes(f"the index is damaged ({why}) and could not be built anew: {problem}")
+                raise
 
     # -- background and end -----------------------------------------------------------------------------
 
@@ -572,19 +600,24 @@ class Writing(Engine):
     def failed_in_background(self, problem: BaseException) -> None:
         """What the worker's thread could not do is tried again by the put that needs it, and raises there."""
         self.problem = problem
+        if not self._closing and not self.log.poisoned:
+            self._flush_later()
 
     def _check_open(self) -> None:
-        """Under the lock that what follows needs: close() takes them all before it lets anything go."""
+        """Under the lock that what follows needs: close() takes them all before it lets anything go.  After a failed
+        sync nothing may be called durable any more."""
+        if self.log.poisoned:
+            raise Error(self.log.poisoned)
         if self._closing or self.log.closed:
             raise ClosedError("the store is closed")
 
     def close(self) -> None:
         """Syncs, gives the index its checksums, sets the clean mark, lets the lock go.  Everything is let go also
         when that fails, and then the failure is raised."""
-        self.log.stop_writes()
-        self._closing = True
-        self._worker.stop()
         try:
+            self.log.stop_writes()
+            self._closing = True
+            self._worker.stop()
             if not self.log.poisoned and self.log.writable:
                 with files.full_disk_is_an_error(self.directory.path, "close the store"):
                     self.sync()
@@ -603,8 +636,8 @@ class Writing(Engine):
         self.log.mark_clean(self.manifest.generation)
         files.sync_data(self._control_fd)
 
-    def release(self) -> None:
-        super().release()
+    def _release(self) -> None:
+        super()._release()
         for fd in [*self._fds.values(), self._index_fd, self._lock_fd]:
             if fd >= 0:
                 os.close(fd)
@@ -612,14 +645,16 @@ class Writing(Engine):
         self._index_fd = self._lock_fd = -1
 
     def after_fork(self) -> None:
-        """The child reads on; the lock stays the parent's alone."""
+        """The child reads on, as any reader; the lock stays the parent's alone."""
+        for fd in [*self._fds.values(), self._index_fd, self._lock_fd]:
+            if fd >= 0:
+                os.close(fd)
+        self._lock = threading.RLock()
         self.writable = False
-        self.log.heed((self.log.signs[0], self._epoch, 0))
-        os.close(self._lock_fd)
-        self._lock_fd = -1
-        self.log.become_reader()
-        self._lock, self._sync_lock, self._seal_lock = threading.RLock(), threading.Lock(), threading.Lock()
-        self._worker = Worker(self)
+        if hasattr(self, "log"):
+            self.log.become_reader()
+            self.log.heed((self.log.signs[0], self._epoch, 0))
+        self.__class__ = Engine         # type: ignore[assignment]
 
     def stats(self) -> dict[str, Any]:
         facts = super().stats()
@@ -635,3 +670,7 @@ def file_step(size: int, capacity: int, needed: int) -> int:
     page = _core.PAGE
     return max(size, min(-(-step // page) * page, -(-capacity // page) * page))
 
+
+def writers() -> list[Writing]:
+    """All that this process has."""
+    return list(_alive)

@@ -114,6 +114,28 @@ def an_unfinished_segment_that_counts(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(recovery, "walk", walk_on)
 
 
+def set_aside_without_a_sync(patch: pytest.MonkeyPatch) -> None:
+    save_aside = files.Directory.save_aside
+
+    def save_unsynced(directory: files.Directory, label: str, data: bytes) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(files, "sync_data", lambda fd: None)
+            save_aside(directory, label, data)
+
+    patch.setattr(files.Directory, "save_aside", save_unsynced)
+
+
+def set_aside_under_a_name_that_is_not_synced(patch: pytest.MonkeyPatch) -> None:
+    save_aside = files.Directory.save_aside
+
+    def save_unsynced(directory: files.Directory, label: str, data: bytes) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(files.os, "fsync", lambda fd: None)       # type: ignore[attr-defined]
+            save_aside(directory, label, data)
+
+    patch.setattr(files.Directory, "save_aside", save_unsynced)
+
+
 PLANTED: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, str]] = {     # and where it shows, with which words
     no_directory_sync: ("puts", "there is no store"),
     no_sync_before_a_rename: ("puts", "MANIFEST"),
@@ -124,6 +146,8 @@ PLANTED: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, str]] = {     # a
     a_sync_that_covers_what_came_meanwhile: ("deletes", "it is state"),
     sealed_before_the_records_are_synced: ("rotation", "the log is damaged"),
     an_unfinished_segment_that_counts: ("rotation", "no state of the history"),
+    set_aside_without_a_sync: ("overwrites", "once set aside, is not whole"),
+    set_aside_under_a_name_that_is_not_synced: ("overwrites", "once set aside, is gone"),
 }
 
 
@@ -131,9 +155,10 @@ PLANTED: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, str]] = {     # a
 def test_a_planted_bug_is_seen(bug: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     bug(monkeypatch)
     name, words = PLANTED[bug]
+    limit, nested = (150, 0.1) if "aside" in words else (800, 0.01)
     violations: list[str] = []
     for seed in range(8):
-        violations += enumerate_crashes(name, seed=seed, limit=800).violations
+        violations += enumerate_crashes(name, seed=seed, limit=limit, nested=nested).violations
         if any(words in violation for violation in violations):
             return
     pytest.fail(f"{len(violations)} violations, none with {words!r}: {violations[:3]}")

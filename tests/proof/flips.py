@@ -10,7 +10,6 @@ before the damage.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -26,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import logkv
-from tests.proof.kill import NOISE, SEGMENT, fork, scratch
+from tests.proof.common import NOISE, SEGMENT, arguments, ended, fork_heard, verdict
 
 PATIENCE = 20               # seconds that one damage may take
 DAMAGES = ("bit", "bit", "bit", "bit", "bit", "bit", "cut short", "garbage")
@@ -289,9 +288,7 @@ def run(directory: str, flips: int, seconds: float = float("inf"), seed: int = 1
     number = 0
     while number < flips and time.monotonic() < until and sum(r.outcome == "silent" for r in results) < 500:
         place = tempfile.mkdtemp(dir=directory)
-        heard, say = os.pipe()
-        pid = fork(lambda: work(place, seed, number, flips, until, say, keep))
-        os.close(say)
+        pid, heard = fork_heard(lambda say: work(place, seed, number, flips, until, say, keep))
         damage = None
         with open(heard, "rb") as lines:
             for line in lines:
@@ -302,7 +299,7 @@ def run(directory: str, flips: int, seconds: float = float("inf"), seed: int = 1
                 elif damage is not None:
                     results.append(Result(damage, said["outcome"], said["why"]))
                     damage = None
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        status = ended(pid)
         if damage is not None:
             how = "it hung" if status == -signal.SIGALRM else f"the process ended with {status}"
             results.append(Result(damage, "silent", how))
@@ -327,20 +324,20 @@ def table(results: list[Result]) -> Iterator[str]:
     yield f"| all | | {len(results):,} | " + " | ".join(f"{total[outcome]:,}" for outcome in outcomes) + " |"
 
 
+def violations(results: list[Result]) -> list[str]:
+    return [f"{result.damage}: {result.why}" for result in results if result.outcome == "silent"]
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description="damage, and whether it is noticed")
+    parser = arguments("damage, and whether it is noticed")
     parser.add_argument("--flips", type=int, default=5000)
     parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", help="where stores go whose damage was not noticed")
     wanted = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=scratch()) as directory:
+    with tempfile.TemporaryDirectory(dir=wanted.dir) as directory:
         results = run(directory, wanted.flips, wanted.seconds, wanted.seed, wanted.keep)
     print("\n".join(table(results)))
-    silent = [result for result in results if result.outcome == "silent"]
-    for result in silent:
-        print(f"{result.damage}: {result.why}", file=sys.stderr)
-    return 1 if silent else 0
+    return verdict(violations(results))
 
 
 if __name__ == "__main__":

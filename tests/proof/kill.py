@@ -8,7 +8,6 @@ the n that the writer acknowledged, or n + 1, as one was under way.  The next wr
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import select
@@ -18,38 +17,18 @@ import struct
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import logkv
+from tests.proof.common import (NOISE, SEGMENT, Violation, arguments, difference, ended, explained, fork, fork_heard,
+                                scratch, verdict)
 
-SEGMENT = 64 << 10
 CYCLES_A_LIFE = 40          # then the store is made anew
 OPERATIONS_A_CYCLE = 4000   # their acknowledgements fit into a pipe
-NOISE = random.Random(0).randbytes(1 << 18)
 NUMBER = struct.Struct("<Q")
-
-
-class Violation(Exception):
-    """The store broke a promise."""
-
-
-def scratch() -> str | None:
-    """Where temporary stores go: memory if there is any."""
-    return "/dev/shm" if os.path.isdir("/dev/shm") else None
-
-
-@contextmanager
-def explained(reader: logkv.Reader) -> Iterator[None]:
-    """What a reader finds broken is said together with how that reader was opened."""
-    try:
-        yield
-    except (Violation, logkv.Error) as problem:
-        how = reader._engine.recovered if reader._engine is not None else "closed"
-        raise Violation(f"{type(problem).__name__}: {problem}; the reader: {how}") from problem
 
 
 # -- what is done -----------------------------------------------------------------------------------------------
@@ -117,19 +96,12 @@ class Model(dict[bytes, bytes]):
         before = dict(self)
         self.advance(self.done + 1)
         if found != self:
-            raise Violation(f"not the state after {self.done - 1} operations ({difference(before, found)}), nor after "
-                            f"{self.script[self.done - 1].kind} as well ({difference(self, found)})")
+            raise Violation(f"not the state after {self.done - 1} operations ({difference(found, before)}), nor after "
+                            f"{self.script[self.done - 1].kind} as well ({difference(found, self)})")
 
     @property
     def live_bytes(self) -> int:
         return sum(-(-(20 + len(k) + len(v) + 4 * (len(v) > 4096)) // 8) * 8 for k, v in self.items())
-
-
-def difference(expected: Mapping[bytes, bytes], found: Mapping[bytes, bytes]) -> str:
-    missing, more = expected.keys() - found.keys(), found.keys() - expected.keys()
-    other = [key for key in expected.keys() & found.keys() if expected[key] != found[key]]
-    examples = ", ".join(repr(key[:20]) for key in [*missing, *more, *other][:3])
-    return f"{len(missing)} missing, {len(more)} too many, {len(other)} different: {examples}"
 
 
 def read_all(store: logkv.Store | logkv.Reader, script: Script) -> dict[bytes, bytes]:
@@ -145,20 +117,6 @@ def read_all(store: logkv.Store | logkv.Reader, script: Script) -> dict[bytes, b
 
 
 # -- who does it ------------------------------------------------------------------------------------------------
-
-
-def fork(body: Callable[[], None]) -> int:
-    """The pid of a child that runs `body` and exits with 0, or with 1 and a traceback."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        body()
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
 
 
 def write(path: str, script: Script, done: int, count: int, sync: logkv.store.Sync, acknowledge: int) -> None:
@@ -337,9 +295,7 @@ class Life:
         sync: logkv.store.Sync = rng.choice(("os", "os", "os", "always", 0.05))
         delay = rng.choice((0.0, 0.001, 0.004, 0.02, 0.02)) * rng.random()
         self.script[done + count + 1]       # so that the child does not have to make it
-        acknowledged, acknowledge = os.pipe()
-        pid = fork(lambda: write(self.path, self.script, done, count, sync, acknowledge))
-        os.close(acknowledge)
+        pid, acknowledged = fork_heard(lambda say: write(self.path, self.script, done, count, sync, say))
         os.read(acknowledged, NUMBER.size)  # it is about to open the store
         until = time.perf_counter() + delay
         looking = self.near is not None and rng.random() < 0.7
@@ -351,21 +307,21 @@ class Life:
                     time.sleep(left)
         finally:
             os.kill(pid, signal.SIGKILL)
-            status = os.waitpid(pid, 0)[1]
+            status = ended(pid)
             with open(acknowledged, "rb") as pipe:
                 answers = pipe.read()
         if answers:
             self.model.advance(NUMBER.unpack_from(answers, len(answers) - NUMBER.size)[0])
         self.tally.acknowledged += self.model.done - done
-        self.tally.killed += os.WIFSIGNALED(status)
-        if os.WIFEXITED(status) and os.WEXITSTATUS(status) or os.WIFSIGNALED(status) and os.WTERMSIG(status) != 9:
+        self.tally.killed += status < 0
+        if status not in (0, -signal.SIGKILL):
             raise Violation(f"the writer failed: status {status}")
 
     def ask_watchers(self) -> None:
         if self.near is not None:
             self.model.advance(self.near.compare(self.model.done))
         if self.far is not None:
-            done, looks = self.far.compare(self.model.done)
+            done, _ = self.far.compare(self.model.done)
             self.model.advance(done)
 
     def as_writer(self) -> None:
@@ -432,11 +388,9 @@ def run(directory: str, cycles: int, seconds: float = float("inf"), seed: int = 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="kill -9, again and again")
+    parser = arguments("kill -9, again and again")
     parser.add_argument("--cycles", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--dir", default=scratch())
     wanted = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=wanted.dir) as directory:
@@ -446,9 +400,7 @@ def main() -> int:
     print("|---:|---:|---:|---:|---:|---:|")
     print(f"| {tally.cycles:,} | {tally.killed:,} | {rate:,.0f} | {tally.acknowledged:,} | {tally.looks:,} "
           f"| {len(tally.violations)} |")
-    for violation in tally.violations:
-        print(violation, file=sys.stderr)
-    return 1 if tally.violations else 0
+    return verdict(tally.violations)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,6 @@ acknowledged is there for both readers at once, after the kill, and in the end.
 
 from __future__ import annotations
 
-import argparse
-import json
-import mmap
 import os
 import random
 import signal
@@ -24,7 +21,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 import logkv
-from tests.proof.kill import fork, scratch
+from tests.proof.common import Child, SharedNumbers, Violation, arguments, ended, fork_heard, verdict
 
 SEGMENT = 1 << 20
 READERS = 2
@@ -69,19 +66,16 @@ def wrong(store: logkv.Store | logkv.Reader, rows: Sequence[Row]) -> list[str]:
             if (found := store.get(key)) != value]
 
 
-class Count:
-    """How many rows were acknowledged, in memory that the processes share."""
-
-    def __init__(self) -> None:
-        self._cells = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
+class Count(SharedNumbers):
+    """How many rows were acknowledged."""
 
     @property
     def rows(self) -> int:
-        return self._cells[0]
+        return self[0]
 
     @rows.setter
     def rows(self, number: int) -> None:
-        self._cells[0] = number
+        self[0] = number
 
 
 def follow(path: str, rows: Sequence[Row], acknowledged: Count, seed: int) -> Report:
@@ -102,9 +96,7 @@ def follow(path: str, rows: Sequence[Row], acknowledged: Count, seed: int) -> Re
 
 def deliver(path: str, rows: Sequence[Row], first: int, acknowledged: Count, kill_at: int | None) -> int:
     """Runs a writer and counts what it acknowledges; returns how it ended."""
-    heard, acknowledge = os.pipe()
-    pid = fork(lambda: write(path, rows, first, acknowledge))
-    os.close(acknowledge)
+    pid, heard = fork_heard(lambda say: write(path, rows, first, say))
     done = first
     while answer := os.read(heard, 4096):
         done += len(answer)
@@ -113,21 +105,14 @@ def deliver(path: str, rows: Sequence[Row], first: int, acknowledged: Count, kil
             os.kill(pid, signal.SIGKILL)
             kill_at = None
     os.close(heard)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return ended(pid)
 
 
 def run(path: str, files: Sequence[Path], seed: int = 1) -> Report:
     rows = read_rows(files)
     report, rng, acknowledged = Report(rows=len(rows)), random.Random(seed), Count()
-    followers: list[tuple[int, int]] = []
-    for number in range(READERS):
-        heard, say = os.pipe()
-
-        def body(number: int = number, say: int = say) -> None:
-            os.write(say, json.dumps(vars(follow(path, rows, acknowledged, seed + number))).encode())
-
-        followers.append((fork(body), heard))
-        os.close(say)
+    followers = [Child(f"reader {number + 1}", lambda: vars(follow(path, rows, acknowledged, seed + number)))
+                 for number in range(READERS)]
 
     began = time.perf_counter()
     status = deliver(path, rows, 0, acknowledged, rng.randrange(len(rows) * 2 // 5, len(rows) * 3 // 5))
@@ -148,15 +133,14 @@ def run(path: str, files: Sequence[Path], seed: int = 1) -> Report:
         report.violations.append(f"the second writer ended with {status}")
         acknowledged.rows = len(rows)       # lets the readers end
 
-    for number, (pid, heard) in enumerate(followers, 1):
-        with open(heard, "rb") as pipe:
-            text = pipe.read()
-        if status := os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
-            report.violations.append(f"reader {number} ended with {status}")
+    for follower in followers:
+        try:
+            said = Report(**follower.result())
+        except Violation as problem:
+            report.violations.append(str(problem))
         else:
-            said = Report(**json.loads(text))
             report.followed += said.followed
-            report.violations += [f"reader {number}: {violation}" for violation in said.violations]
+            report.violations += [f"{follower.name}: {violation}" for violation in said.violations]
     with logkv.open(path, "w", segment_size=SEGMENT) as store:
         report.violations += wrong(store, rows)
         if dict(store.items()) != dict(rows) or len(store) != len(dict(rows)):
@@ -165,10 +149,8 @@ def run(path: str, files: Sequence[Path], seed: int = 1) -> Report:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="market data, written, followed, killed, finished")
+    parser = arguments("market data, written, followed, killed, finished")
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--dir", default=scratch())
     wanted = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=wanted.dir) as directory:
         report = run(os.path.join(directory, "prices.db"), wanted.files, wanted.seed)
@@ -178,9 +160,7 @@ def main() -> int:
     print(f"rows a second, each acknowledged  {report.rows / report.seconds:>10,.0f}")
     print(f"gets of the {READERS} readers meanwhile   {report.followed:>10,}")
     print(f"violations                        {len(report.violations):>10,}")
-    for violation in report.violations[:20]:
-        print(violation, file=sys.stderr)
-    return 1 if report.violations else 0
+    return verdict(report.violations)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,6 @@ how many kept keys there are and the counter of the hot key; what a reader gets 
 
 from __future__ import annotations
 
-import argparse
-import json
-import mmap
 import os
 import random
 import sys
@@ -21,7 +18,7 @@ import zlib
 from dataclasses import dataclass, field
 
 import logkv
-from tests.proof.kill import NOISE, Violation, explained, fork, scratch
+from tests.proof.common import NOISE, Child, SharedNumbers, Violation, arguments, explained, verdict
 
 READERS = 4
 SEGMENTS = (64 << 10, 256 << 10, 1 << 20, 4 << 20)      # sizes that the writer takes in turn
@@ -49,19 +46,10 @@ def counter_in(key: bytes, value: bytes) -> int:
     return int(rest.partition(b" ")[0])
 
 
-class Board:
-    """Counters in shared memory, each changed by one aligned store: kept keys, then each hot key's last write."""
+class Board(SharedNumbers):
+    """What the writer says to the readers: kept keys, then each hot key's last write."""
 
     STOP, KEPT, FIRST_HOT = 0, 1, 2
-
-    def __init__(self) -> None:
-        self._cells = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
-
-    def __getitem__(self, cell: int) -> int:
-        return self._cells[cell]
-
-    def __setitem__(self, cell: int, number: int) -> None:
-        self._cells[cell] = number
 
 
 @dataclass
@@ -216,42 +204,32 @@ class Reading:
 def run(path: str, seconds: float, seed: int = 1) -> Figures:
     """All processes together; the figures of all, violations too."""
     board = Board()
-    children: list[tuple[str, int, int]] = []
-    for number in range(READERS + 1):
-        heard, say = os.pipe()
 
-        def body(number: int = number, say: int = say) -> None:
-            if number == 0:
-                try:
-                    figures = write(path, board, seconds, seed)
-                finally:
-                    board[Board.STOP] = 1
-            else:
-                figures = Reading(path, board, seed + number).run()
-            os.write(say, json.dumps(vars(figures)).encode()[:60_000])
+    def write_all() -> dict[str, object]:
+        try:
+            return vars(write(path, board, seconds, seed))
+        finally:
+            board[Board.STOP] = 1
 
-        children.append((f"reader {number}" if number else "the writer", fork(body), heard))
-        os.close(say)
+    children = [Child("the writer", write_all)]
+    children += [Child(f"reader {number}", lambda: vars(Reading(path, board, seed + number).run()))
+                 for number in range(1, READERS + 1)]
     total = Figures()
-    for name, pid, heard in children:
-        with open(heard, "rb") as pipe:
-            text = pipe.read()
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if status or not text:
-            total.violations.append(f"{name} ended with status {status}")
+    for child in children:
+        try:
+            figures = Figures(**child.result())
+        except Violation as problem:
+            total.violations.append(str(problem))
             continue
-        figures = Figures(**json.loads(text))
-        total.violations += [f"{name}: {violation}" for violation in figures.violations]
+        total.violations += [f"{child.name}: {violation}" for violation in figures.violations]
         for counted in ("writes", "reads", "passes", "keys", "rotations", "index_first", "index_last", "shards"):
             setattr(total, counted, getattr(total, counted) + getattr(figures, counted))
     return total
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="one writer, four readers")
+    parser = arguments("one writer, four readers")
     parser.add_argument("--seconds", type=float, default=30)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--dir", default=scratch())
     wanted = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=wanted.dir) as directory:
         figures = run(os.path.join(directory, "stress.db"), wanted.seconds, wanted.seed)
@@ -260,9 +238,7 @@ def main() -> int:
     print(f"| {wanted.seconds:g} | {figures.writes:,} | {figures.reads:,} | {figures.passes:,} | {figures.keys:,} "
           f"| {figures.rotations:,} | {figures.index_first >> 10:,} to {figures.index_last >> 10:,} KiB "
           f"| {figures.shards} | {len(figures.violations)} |")
-    for violation in figures.violations:
-        print(violation, file=sys.stderr)
-    return 1 if figures.violations else 0
+    return verdict(figures.violations)
 
 
 if __name__ == "__main__":
