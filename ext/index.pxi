@@ -299,11 +299,12 @@ cdef inline int rehash(Log log, uint64_t value, uint64_t *h) noexcept nogil:
     return status
 
 
-cdef bint place_everywhere(uint8_t *shard, unsigned cls, uint64_t bucket, uint64_t value, uint8_t *target,
+cdef bint place_everywhere(uint8_t *shard, unsigned cls, uint64_t bucket, unsigned slot, uint64_t value, uint8_t *target,
                            unsigned to_cls) noexcept nogil:
     """An entry whose record is damaged goes wherever its key may be looked for: a get of it raises, as before."""
     cdef uint64_t first = bucket, last, buckets = SHARD_BUCKETS[cls], steps = 0, home
-    while steps < 64 and not has_empty(bucket_at(shard, first - 1 if first else buckets - 1)):
+    cdef bint displaced = (displaced_at(shard, cls, bucket)[0] >> slot) & 1
+    while displaced and steps < 64 and not has_empty(bucket_at(shard, first - 1 if first else buckets - 1)):
         first = first - 1 if first else buckets - 1
         steps += 1
     while True:
@@ -405,6 +406,10 @@ cdef int grow_to(Log log, uint64_t h, unsigned *least) noexcept nogil:
     return FOUND
 
 
+cdef enum:
+    DAMAGED_MOST = 64       # of a shard's entries, whose hash nobody knows, that it grows with
+
+
 cdef int copy_entries(Log log, uint8_t *shard, unsigned cls, uint8_t *low, uint8_t *high, unsigned to_cls,
                       unsigned depth) noexcept nogil:
     """The old shard's live entries into one new shard, or by the next bit of the tag into two.
@@ -418,7 +423,7 @@ cdef int copy_entries(Log log, uint8_t *shard, unsigned cls, uint8_t *low, uint8
     cdef uint64_t *slots
     cdef uint8_t *target
     cdef Chunk *chunk
-    cdef unsigned slot, n = 0, i
+    cdef unsigned slot, n = 0, i, damaged = 0
     cdef int status
     cdef uint64_t buckets = SHARD_BUCKETS[cls]
     cdef unsigned split_bit = 63 - depth
@@ -427,12 +432,13 @@ cdef int copy_entries(Log log, uint8_t *shard, unsigned cls, uint8_t *low, uint8
             for i in range(n):
                 status = rehash(log, waiting[i], &h)
                 target = high if (waiting[i] >> split_bit) & 1 else low
+                damaged += status == DAMAGED
                 if status == FOUND:
                     if not place(target, to_cls, home_bucket(h, to_cls), waiting[i]):
                         return NO_ROOM
-                elif status != DAMAGED:
+                elif status != DAMAGED or damaged == DAMAGED_MOST:
                     return status
-                elif not place_everywhere(shard, cls, stood[i], waiting[i], target, to_cls):
+                elif not place_everywhere(shard, cls, stood[i] >> 3, stood[i] & 7, waiting[i], target, to_cls):
                     return NO_ROOM
             n = 0
         if bucket == buckets:
@@ -449,7 +455,7 @@ cdef int copy_entries(Log log, uint8_t *shard, unsigned cls, uint8_t *low, uint8
             else:
                 chunk = &log.chunks[(value & LOCATION_MASK) >> CHUNK_UNIT_SHIFT]
                 prefetch(chunk.base + (((value & LOCATION_MASK) - chunk.origin) << LOCATION_UNIT_SHIFT))
-                waiting[n], stood[n] = value, bucket
+                waiting[n], stood[n] = value, bucket << 3 | slot
                 n += 1
     return FOUND
 

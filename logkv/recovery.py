@@ -113,7 +113,7 @@ def walk(engine: Engine, segment: Segment, start: int, version: int, *, trusted:
 
 
 def _damage(engine: Engine, segment: Segment, offset: int, reason: str) -> CorruptionError:
-    return CorruptionError("the log is damaged where it was on the device already; `logkv repair` saves the rest",
+    return CorruptionError("the log is damaged where it was on the device already, and no index tells what else stood there",
                            path=engine.path_of(segment.name), segment=segment.number, offset=offset,
                            expected="a record", found=f"none ({reason})")
 

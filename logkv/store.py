@@ -21,7 +21,7 @@ Value = bytes | str | bytearray | memoryview
 Sync = float | Literal["os", "always"]
 
 _engines: dict[tuple[int, int, bool], Engine] = {}      # by device, inode, writable
-_closing: dict[tuple[int, int, bool], threading.Event] = {}
+_busy: dict[tuple[int, int, bool], threading.Event] = {}       # those that are being opened or closed
 _engines_lock = threading.RLock()
 
 
@@ -33,21 +33,30 @@ def _text(path: Path) -> str:
 
 
 def _shared(directory: files.Directory, writable: bool, make: Callable[[], Engine]) -> tuple[Engine, bool]:
-    """The process's engine for a store, and whether it is new.  One that is just closing is waited for."""
+    """The process's engine for a store, and whether it is new.  One that another thread is just opening or closing is
+    waited for."""
     key = (*directory.identity(), writable)
     while True:
         with _engines_lock:
-            closing = _closing.get(key)
-            if closing is None:
-                engine = _engines.get(key)
-                new = engine is None
-                if engine is None:
-                    engine = _engines[key] = make()
-                else:
-                    directory.close()
+            engine, busy = _engines.get(key), _busy.get(key)
+            if engine is not None:
+                directory.close()
                 engine.users += 1
-                return engine, new
-        closing.wait()
+                return engine, False
+            if busy is None:
+                ready = _busy[key] = threading.Event()
+                break
+        busy.wait()
+    try:
+        engine = make()
+        engine.users = 1
+        with _engines_lock:
+            _engines[key] = engine
+        return engine, True
+    finally:
+        with _engines_lock:
+            del _busy[key]
+        ready.set()
 
 
 def _acquire_reader(path: str) -> Engine:
@@ -56,6 +65,12 @@ def _acquire_reader(path: str) -> Engine:
 
 
 def _acquire_writer(path: str, flag: str, mode: int, options: Options, timeout: float) -> Writing:
+    if not isinstance(mode, int):
+        raise TypeError(f"mode must be an int, not {type(mode).__name__}")
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise TypeError(f"timeout must be a number of seconds, not {type(timeout).__name__}")
+    if not timeout >= 0:
+        raise ValueError(f"timeout must be at least 0 seconds, not {timeout}")
     directory = files.Directory(path, create=flag in "cn", mode=mode)
     engine, new = _shared(directory, True,
                           lambda: Writing(directory, options, create=flag in "cn", timeout=timeout))
@@ -83,20 +98,20 @@ def _release(engine: Engine) -> None:
         ended = threading.Event()
         for key in keys:
             del _engines[key]
-            _closing[key] = ended
+            _busy[key] = ended
     try:
         engine.close()
     finally:
         with _engines_lock:
             for key in keys:
-                del _closing[key]
+                del _busy[key]
         ended.set()
 
 
 def _after_fork_in_child() -> None:
     global _engines_lock
     _engines_lock = threading.RLock()
-    _closing.clear()
+    _busy.clear()
     for key, engine in list(_engines.items()):
         if engine.writable:
             del _engines[key]
@@ -258,7 +273,8 @@ class _WritingHandle(_Handle):
 
 
 class Writer(_WritingHandle, _core.WriteHandle):
-    """The single writer of a store, without the reading half.  See `Store` for both.
+    """The single writer of a store; of the reading half it has `get`, `[]`, `in`, `len` and iteration over keys.  `Store`
+    is the whole mapping.
 
     >>> import logkv, tempfile
     >>> path = tempfile.mkdtemp()
@@ -279,7 +295,35 @@ class Writer(_WritingHandle, _core.WriteHandle):
 
 
 class Store(_WritingHandle, _Reading, _core.WriteHandle, MutableMapping[bytes, bytes]):
-    """A persistent mapping of bytes to bytes: reader and writer in one.  Made by `logkv.open`."""
+    """A persistent mapping of bytes to bytes: reader and writer in one.  The arguments are those of `logkv.open`."""
+
+    _popping: Iterator[bytes] | None = None
+
+    def __init__(self, path: Path, flag: str = "c", mode: int = 0o666, *, sync: Sync = "os",
+                 segment_size: int = 256 << 20, timeout: float = 0) -> None:
+        """Opens the store at `path`; see `logkv.open`."""
+        name = _text(path)
+        if flag not in ("r", "w", "c", "n"):
+            raise ValueError(f'flag must be "r", "w", "c" or "n", not {flag!r}')
+        options = Options(sync, segment_size)
+        self._hold(_acquire_reader(name) if flag == "r" else _acquire_writer(name, flag, mode, options, timeout), name)
+
+    def update(self, other: Any = (), /, **more: Any) -> None:
+        """Stores all pairs of a mapping, or of an iterable of pairs, and of the keywords; each by itself."""
+        MutableMapping.update(self, other, **more)
+
+    def popitem(self) -> tuple[bytes, bytes]:
+        """Removes some pair and returns it; KeyError if there is none.  Atomic between threads; O(1) on average."""
+        while True:
+            fresh = self._popping is None
+            keys = self._popping = self._popping or self._iterate(0)
+            for key in keys:
+                popped = self._pop(key)
+                if popped:
+                    return key, popped[0]
+            self._popping = None
+            if fresh:
+                raise KeyError("popitem(): the store is empty")
 
     def pop(self, key: Key, *default: Any) -> Any:
         """Removes a key and returns its value, or the default; KeyError without one.  Atomic between threads."""
@@ -337,14 +381,7 @@ def open(path: Path, flag: str = "c", mode: int = 0o666, *, sync: Sync = "os", s
     b'4411.99'
     >>> db.close()
     """
-    name = _text(path)
-    if flag not in ("r", "w", "c", "n"):
-        raise ValueError(f'flag must be "r", "w", "c" or "n", not {flag!r}')
-    options = Options(sync, segment_size)
-    store = Store.__new__(Store)
-    engine = _acquire_reader(name) if flag == "r" else _acquire_writer(name, flag, mode, options, timeout)
-    store._hold(engine, name)
-    return store
+    return Store(path, flag, mode, sync=sync, segment_size=segment_size, timeout=timeout)
 
 
 __all__ = ["Reader", "Store", "Writer", "open"]

@@ -61,7 +61,9 @@ class Writing(Engine):
         self.options = options
         self._create_missing = create
         self._timeout = timeout
-        self._sync_lock = threading.RLock()     # one fdatasync of the log at a time; whoever waits for it shares it
+        self._turn = threading.Condition()      # who syncs next
+        self._leader: int | None = None         # the thread that syncs for all who wait
+        self._sync_lock = threading.RLock()     # one fdatasync of the log at a time
         self._seal_lock = threading.RLock()     # `_lock`, of Engine, holds the MANIFEST, the active segment, rotation
         self._lock_fd = self._index_fd = -1
         self._fds: dict[int, int] = {}          # of segments that are not sealed, open since before their first store
@@ -256,8 +258,15 @@ class Writing(Engine):
 
     def _set_active(self, segment: Segment, size: int, end: int) -> None:
         self.map_segment(segment, size)
-        _core.set_active(self.log, self._fd_of(segment), segment.number, segment.chunk, segment.capacity, min(size, segment.capacity), end)
-        self._active = segment
+        _core.set_active(self.log, self._fd_of(segment), segment.number, segment.chunk, segment.capacity,
+                         min(size, segment.capacity), end)
+
+    @property
+    def _active(self) -> Segment:
+        """The segment that is appended to."""
+        segment = self.manifest.segment_numbered(self.log.position[0])
+        assert segment is not None
+        return segment
 
     def _fd_of(self, segment: Segment) -> int:
         if segment.number not in self._fds:
@@ -289,11 +298,19 @@ class Writing(Engine):
         self.log.note_manifest(True, new.generation, inode, 0)
         try:
             ctime = manifest.adopt_next(self.directory, durable=durable)
+            self._vouch_manifest(Instance(new.generation, inode, ctime))
+            self.manifest = new
         except OSError as problem:      # which of the two is in force after a power cut is not known any more
             self._poison(problem)
             raise Error(problem.errno, self.log.poisoned) from problem
-        self._vouch_manifest(Instance(new.generation, inode, ctime))
-        self.manifest = new
+        except BaseException as problem:    # Ctrl-C: which of the two is in force is not known here
+            self._stop_writes(problem, "the list of segments was changed")
+            raise
+
+    def _stop_writes(self, problem: BaseException, what: str) -> None:
+        """Something structural was not finished: only the next opening can tell what is true."""
+        self.log.stop_writes(f"{type(problem).__name__} while {what} ({problem}): reading goes on, writing needs the store "
+                             "to be closed and opened again")
 
     def _vouch_manifest(self, instance: Instance) -> None:
         for coming in (True, False):
@@ -341,13 +358,14 @@ class Writing(Engine):
     def _successor(self) -> Segment | None:
         """The segment that was prepared to follow the active one."""
         last = self.manifest.segments[-1]
-        return last if last is not self._active and last.number != self._active.number else None
+        return last if last.number != self.log.position[0] else None
 
     def _full_segments(self) -> list[Segment]:
         """Full segments that are not sealed yet."""
         full = []
+        active, _ = self.log.position
         for segment in self.manifest.segments:
-            if segment.number == self._active.number:
+            if segment.number == active:
                 break
             if not segment.sealed:
                 full.append(segment)
@@ -381,7 +399,6 @@ class Writing(Engine):
         files.allocate(fd, size, whole=True)
         self.map_segment(segment, size)
         _core.switch_segment(self.log, fd, segment.number, segment.chunk, segment.capacity, min(size, segment.capacity))
-        self._active = segment
 
     # -- sealing ----------------------------------------------------------------------------------------
 
@@ -435,14 +452,27 @@ class Writing(Engine):
         self._sync_to(self.log.state["version"])
 
     def _sync_to(self, version: int) -> None:
-        """Shares the sync of whoever holds the lock, if that began after this version."""
+        """Shares the sync of another thread, if that began after this version; all who wait for it go on together."""
+        me = threading.get_ident()
+        with self._turn:
+            while self._leader not in (None, me) and (self._synced_version or 0) < version:
+                self._turn.wait()
+            if (self._synced_version or 0) >= version:
+                return
+            self._leader = me
+        try:
+            self._sync_now()
+        finally:
+            with self._turn:
+                self._leader = None
+                self._turn.notify_all()
+
+    def _sync_now(self) -> None:
         with self._sync_lock:
             if self.log.closed:
                 raise ClosedError("the store is closed")
             if not self.writable:
                 raise ReadOnlyError("the store is open for reading only")
-            if self._synced_version is not None and self._synced_version >= version:
-                return
             if self.log.poisoned:
                 raise Error(self.log.poisoned)
             with self._lock:
@@ -557,7 +587,7 @@ class Writing(Engine):
                                  min(size, segment.capacity), START + len(records))
                 self.log.settle_state(segment.number, START + len(records), version, len(records))
             self.log.pause(True)
-            self._active, self._epoch = segment, new.epoch
+            self._epoch = new.epoch
             self._vouch_index(_core.index_nonce(self.log))
             self.log.note_durable(segment.number, START + len(records))
             self._synced_version = version
@@ -566,7 +596,7 @@ class Writing(Engine):
                 self._drop(gone)
             self.directory.sync()
         except BaseException as problem:
-            self.log.stop_writes(f"the store was emptied, but could not go on: {problem}")
+            self._stop_writes(problem, "the store was emptied")
             raise
 
     # -- the index's file -------------------------------------------------------------------------------
@@ -586,7 +616,7 @@ class Writing(Engine):
                 self.log.settle_state(active.number, end, version)
                 self._vouch_index(_core.index_nonce(self.log))
             except BaseException as problem:
-                self.log.stop_writes(f"the index is damaged ({why}) and could not be built anew: {problem}")
+                self._stop_writes(problem, f"a damaged index was built anew ({why})")
                 raise
 
     # -- background and end -----------------------------------------------------------------------------

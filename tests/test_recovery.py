@@ -402,7 +402,7 @@ def test_a_damaged_record_raises_and_names_its_place(path: str) -> None:
         assert db["new"] == b"1"
     os.unlink(os.path.join(path, "index"))
     for flag in "rw":                   # without it, what else stood there is not known
-        with pytest.raises(logkv.CorruptionError, match="logkv repair") as caught:
+        with pytest.raises(logkv.CorruptionError, match="damaged where it was on the device") as caught:
             logkv.open(path, flag)
         assert caught.value.offset == 64 + 2 * 64 and caught.value.path == str(segments(path)[0])
 
