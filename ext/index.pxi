@@ -406,10 +406,6 @@ cdef int grow_to(Log log, uint64_t h, unsigned *least) noexcept nogil:
     return FOUND
 
 
-cdef enum:
-    DAMAGED_MOST = 64       # of a shard's entries, whose hash nobody knows, that it grows with
-
-
 cdef int copy_entries(Log log, uint8_t *shard, unsigned cls, uint8_t *low, uint8_t *high, unsigned to_cls,
                       unsigned depth) noexcept nogil:
     """The old shard's live entries into one new shard, or by the next bit of the tag into two.
@@ -436,7 +432,7 @@ cdef int copy_entries(Log log, uint8_t *shard, unsigned cls, uint8_t *low, uint8
                 if status == FOUND:
                     if not place(target, to_cls, home_bucket(h, to_cls), waiting[i]):
                         return NO_ROOM
-                elif status != DAMAGED or damaged == DAMAGED_MOST:
+                elif status != DAMAGED or damaged > buckets:        # an eighth of the shard: too many copies
                     return status
                 elif not place_everywhere(shard, cls, stood[i] >> 3, stood[i] & 7, waiting[i], target, to_cls):
                     return NO_ROOM

@@ -434,7 +434,7 @@ cdef inline void commit(Log log, uint64_t number, uint64_t end, uint64_t version
         atomic_store(slot, value)
     log.seq += 1
     atomic_store(&log.index.page.seq, log.seq)
-    if log.writable:
+    if log.writable and not log.building:
         atomic_store(&log.control.last_version, version)
 
 
