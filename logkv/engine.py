@@ -1,6 +1,6 @@
 """What one process has open of one store: the files behind a `_core.Log`, and what the log asks of them.
 
-`Engine` reads; `logkv.writer.Writing` adds what changes a store.
+`Engine` reads; `logkv.opening.Opening` opens for writing, and `logkv.writer.Writing` adds what changes an open store.
 """
 
 from __future__ import annotations
@@ -181,9 +181,6 @@ class Engine:
 
     def close(self) -> None:
         self.release()
-
-    def after_fork(self) -> None:
-        """In the child: what only the parent may go on with is let go."""
 
     # -- what the log asks for --------------------------------------------------------------------------
 

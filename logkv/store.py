@@ -13,7 +13,8 @@ from typing import Any, Literal, Self
 from logkv import _core, files
 from logkv.engine import Engine
 from logkv.errors import ClosedError, LockedError, ReadOnlyError
-from logkv.writer import Options, Writing, writers
+from logkv.opening import Options
+from logkv.writer import Writing, writers
 
 Path = str | os.PathLike[str]
 Key = bytes | str

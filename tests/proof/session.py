@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from logkv import manifest, store, writer
-from logkv.writer import Options
+from logkv.opening import Options
 from tests.proof.common import SEGMENT
 from tests.proof.events import Begun, Durable
 from tests.proof.recorder import Recorder

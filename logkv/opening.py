@@ -1,0 +1,350 @@
+"""Opening a store for writing: creating it, or finding out what is true and cutting off what is not.
+
+The order of the steps is what survives a crash; docs/how-it-works.md says why each stands where it does.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from dataclasses import dataclass
+
+from logkv import _core, files, manifest, recovery
+from logkv.engine import Engine, no_store
+from logkv.errors import Error, NotFoundError
+from logkv.manifest import Instance, Manifest, Segment
+
+FIRST_STEP = 32 << 10           # bytes that a new segment's file has
+LARGEST_STEP = 16 << 20         # by which it grows at the most
+START = _core.SEGMENT_HEADER
+PARTIAL = 4096                  # bytes behind a trusted end that are looked at, beside what was reserved
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a store is written; the same for all handles of a process."""
+
+    sync: float | str = "os"                # "os", "always", or seconds
+    segment_size: int = 256 << 20
+    background: bool = True                 # sealing and flushing on a thread of their own
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sync, str):
+            if self.sync not in ("os", "always"):
+                raise ValueError(f'sync must be "os", "always" or a number of seconds, not {self.sync!r}')
+        elif isinstance(self.sync, bool) or not isinstance(self.sync, (int, float)):
+            raise TypeError(f'sync must be "os", "always" or a number of seconds, not {type(self.sync).__name__}')
+        elif not 0 < self.sync <= 86_400:
+            raise ValueError(f"sync must be more than 0 and at most 86,400 seconds, not {self.sync}")
+        if not isinstance(self.segment_size, int) or isinstance(self.segment_size, bool):
+            raise TypeError(f"segment_size must be an int, not {type(self.segment_size).__name__}")
+        if not _core.SEGMENT_MIN <= self.segment_size <= _core.SEGMENT_MAX:
+            raise ValueError(f"segment_size must be from {_core.SEGMENT_MIN:,} (64 KiB) to {_core.SEGMENT_MAX:,} "
+                             f"(1 GiB) bytes, not {self.segment_size:,}")
+
+
+class Opening(Engine):
+    """A store with its writer's lock, from there to where puts may begin; and what its MANIFEST and index vouch for."""
+
+    def __init__(self, directory: files.Directory, options: Options, *, create: bool, timeout: float) -> None:
+        self.options = options
+        self._create_missing = create
+        self._timeout = timeout
+        self._lock_fd = self._index_fd = -1
+        self._fds: dict[int, int] = {}          # of segments that are not sealed, open since before their first store
+        self._synced_version: int | None = None  # all up to here is on the device; None: not known
+        self.created = False                    # there was no store before
+        super().__init__(directory, writable=True)
+
+    def _open(self) -> None:
+        began = time.perf_counter()
+        with files.full_disk_is_an_error(self.directory.path, "open the store"):
+            self._look()                # what is refused is not touched, not even by a lock
+            self._lock_fd = files.lock(self.directory, self._timeout)
+            found = self._look()
+            if found is None:
+                self._create()
+                found = self._look()
+                assert found is not None
+            self.manifest, instance = found
+            self.log = _core.Log(self, self.manifest.identity, self.manifest.seed, True)
+            self._open_control()
+            for name in recovery.leftovers(self.directory, self.manifest):
+                self.directory.unlink(name)
+            self._recover(instance)
+        sync = self.options.sync
+        self.log.set_sync(sync == "always", int(sync * 1e9) if not isinstance(sync, str) else 0)
+        self.recovered.setdefault("seconds", time.perf_counter() - began)
+
+    def _look(self) -> tuple[Manifest, Instance] | None:
+        """The MANIFEST, or None where a store may be created; raises for anything else."""
+        found = manifest.read(self.directory, writable=True)
+        if found is not None:
+            recovery.check_headers(self.directory, found[0])
+        else:
+            problem = no_store(self.directory)
+            if not (self._create_missing and isinstance(problem, NotFoundError)):
+                raise problem
+        return found
+
+    def _create(self) -> None:
+        """A new store in an empty directory, or in one where that was begun before: the MANIFEST comes last."""
+        self.created = True
+        for name in self.directory.names():
+            if name not in (files.LOCK, files.CONTROL, files.LOST_FOUND):
+                self.directory.unlink(name)
+        new = Manifest.new()
+        new.generation = 1
+        segment = new.add_segment(self.options.segment_size)
+        self._create_segment(new, segment)
+        self._allocate_control()        # a reader that finds the MANIFEST follows from there
+        manifest.write_next(self.directory, new)
+        manifest.adopt_next(self.directory)
+
+    def _create_segment(self, current: Manifest, segment: Segment, records: bytes = b"") -> None:
+        """A segment's file, on the device with its header, before any MANIFEST names it."""
+        self._close_fd(segment)
+        self.directory.unlink(segment.name)
+        fd = self.directory.open(segment.name, writable=True, create=True, exclusive=True)
+        self._fds[segment.number] = fd
+        files.allocate(fd, file_step(0, segment.capacity, START + len(records)))
+        header = _core.encode_segment_header(segment.number, current.identity, current.seed, segment.salt)
+        files.write_at(fd, header + records, 0)
+        files.sync_data(fd)
+        self.directory.sync()
+
+    def _allocate_control(self) -> None:
+        fd = self.directory.open(files.CONTROL, writable=True, create=True)
+        try:
+            files.allocate(fd, _core.PAGE)
+        finally:
+            os.close(fd)
+
+    def _open_control(self) -> None:
+        self._allocate_control()
+        if not self._map_control():
+            raise Error("the control page vanished while the store was opened")
+        if not self.log.trust:
+            self.log.begin_control()
+
+    def _recover(self, instance: Instance) -> None:
+        self._epoch = self.manifest.epoch
+        self.promised = recovery.promised(self.log, instance)
+        trust = recovery.trust(self.directory, self.log, self._control_fd, instance)
+        self.log.note_epoch(self.manifest.epoch)
+        failed = self.log.trust["sync_failed"] and self.log.trust["boot"] == files.boot_id()
+        tail = self._take_trusted(trust, instance) if trust.index else None
+        if tail is None:
+            tail = self._rebuild(trust.why or self.recovered.get("why", ""))
+        if failed:
+            tail = self._rescue(tail)
+        lost = self._cut(tail)
+        self._begin(tail, lost)
+
+    def _take_trusted(self, trust: recovery.Trust, instance: Instance) -> recovery.Tail | None:
+        """Goes on with the index that is there, and replays what it may lack; None if it is not right after all."""
+        nonce = self.log.signs[0]
+        problem = self._attach_index(trust.clean, nonce)
+        if problem is None:
+            files.allocate(self._index_fd, os.fstat(self._index_fd).st_size, whole=True)
+            number, _, _ = self.log.restore_state()
+            segment = self.manifest.segment_numbered(number)
+            if segment is None or segment.sealed:
+                problem = f"it ends in segment {number}, which is not the active one"
+        if problem is not None:
+            self.recovered = {"why": problem}
+            return None
+        assert segment is not None
+        self._vouch_manifest(instance)
+        self._vouch_index(nonce)
+        if trust.clean:
+            self.log.mark_dirty()
+            files.sync_data(self._control_fd)
+        self.map_segment(segment)
+        _core.adopt_last(self.log, segment.chunk)
+        number, end, version = self.log.restore_state()
+        self.recovered = {"index": "clean" if trust.clean else "trusted", "cut_bytes": 0}
+        return recovery.walk(self, segment, end, version, trusted=True)
+
+    def _rebuild(self, why: str) -> recovery.Tail:
+        """A new index from the log, in a file of its own until it is whole.
+
+        Where the log is damaged this raises before the control page has changed: what that promised stays known.
+        """
+        expected = recovery.expected_keys(self)
+        self.directory.unlink(files.INDEX_NEXT)
+        with self._building():
+            self._keep_index(self.directory.open(files.INDEX_NEXT, writable=True, create=True, exclusive=True))
+            files.allocate(self._index_fd, _core.index_pages(expected) * _core.PAGE)
+            _core.create_index(self.log, self._index_fd, expected, self.manifest.epoch, secrets.randbits(63) + 1)
+            tail = recovery.rebuild(self, why)
+        self.log.distrust_index()
+        self.log.mark_dirty()
+        files.sync_data(self._control_fd)
+        self.directory.rename(files.INDEX_NEXT, files.INDEX)
+        return tail
+
+    def _cut(self, tail: recovery.Tail) -> int:
+        """Zeroes what stands behind the log's end, what came later first; returns the highest version that went.
+
+        Whole records among it are set aside.  Never by truncation: readers have the file mapped.
+        """
+        lost = 0
+        rebuilt = self.recovered["index"] == "rebuilt"
+        for segment in [*reversed(tail.abandoned or []), tail.segment]:
+            start = tail.end if segment is tail.segment else START
+            reach = 1 << 62 if rebuilt else max(self.log.reserved_end, start + PARTIAL)
+            rest = _core.first_nonzero(self.log, segment.chunk, start, reach)
+            if rest is None:
+                continue
+            fd = self._fd_of(segment)
+            stop = rest[1]
+            whole = _core.find_record(self.log, segment.chunk, start, tail.version)
+            if whole is not None:
+                lost = max(lost, whole)
+                self.directory.save_aside(f"{segment.name}.{start}-{stop}.{tail.version}",
+                                          files.read_at(fd, stop - start, start))
+            for offset in range(start, stop, 1 << 20):
+                files.write_at(fd, bytes(min(1 << 20, stop - offset)), offset)
+            files.sync_data(fd)
+            self.recovered["cut_bytes"] += stop - start
+        return lost
+
+    def _begin(self, tail: recovery.Tail, lost: int) -> None:
+        """The log's end is known and clean behind: writes a MANIFEST of this writer's own and lets puts begin."""
+        current = self.manifest.copy()
+        version = max(tail.version, lost, current.last_version)
+        if lost:
+            version = max(version, manifest.now())
+            current.cuts.append([tail.version, version + 1])
+        current.last_version = version
+        fd = self._fd_of(tail.segment)
+        size = os.fstat(fd).st_size
+        files.allocate(fd, size, whole=True)
+        self._set_active(tail.segment, size, tail.end)
+        if version != tail.version or self.recovered["index"] == "rebuilt":
+            self.log.settle_state(tail.segment.number, tail.end, version)
+        # Where only the generation is new, its loss to a power cut loses nothing.
+        self._write_manifest(current, durable=lost > 0 or self.recovered["index"] == "rebuilt")
+        if self.recovered["index"] == "rebuilt":
+            self._vouch_index(_core.index_nonce(self.log))
+            self.directory.sync()
+            self.log.note_durable(next(s.number for s in current.segments if not s.sealed), START)
+            self.log.note_sync_failure(0)
+        elif self.recovered["index"] == "clean":
+            self._synced_version = tail.version
+
+    def _set_active(self, segment: Segment, size: int, end: int) -> None:
+        self.map_segment(segment, size)
+        _core.set_active(self.log, self._fd_of(segment), segment.number, segment.chunk, segment.capacity,
+                         min(size, segment.capacity), end)
+
+    @property
+    def _active(self) -> Segment:
+        """The segment that is appended to."""
+        segment = self.manifest.segment_numbered(self.log.position[0])
+        assert segment is not None
+        return segment
+
+    def _fd_of(self, segment: Segment) -> int:
+        if segment.number not in self._fds:
+            self._fds[segment.number] = self.directory.open(segment.name, writable=True)
+        return self._fds[segment.number]
+
+    def _close_fd(self, segment: Segment) -> None:
+        fd = self._fds.pop(segment.number, -1)
+        if fd >= 0:
+            os.close(fd)
+
+    def _drop(self, segment: Segment) -> None:
+        """Removes a segment that no MANIFEST names any more."""
+        self._close_fd(segment)
+        self.directory.unlink(segment.name)
+
+    def _keep_index(self, fd: int) -> None:
+        if self._index_fd >= 0:
+            os.close(self._index_fd)
+        self._index_fd = fd
+
+    # -- MANIFEST and trust -----------------------------------------------------------------------------
+
+    def _write_manifest(self, new: Manifest, *, durable: bool = True) -> None:
+        """Replaces the MANIFEST.  The control page is told before the rename, so a kill around it costs no trust."""
+        new.generation = self.manifest.generation + 1
+        new.last_version = max(new.last_version, self.log.state["version"])
+        inode = manifest.write_next(self.directory, new)
+        self.log.note_manifest(True, new.generation, inode, 0)
+        try:
+            ctime = manifest.adopt_next(self.directory, durable=durable)
+            self._vouch_manifest(Instance(new.generation, inode, ctime))
+            self.manifest = new
+        except OSError as problem:      # which of the two is in force after a power cut is not known any more
+            self._poison(problem)
+            raise Error(problem.errno, self.log.poisoned) from problem
+        except BaseException as problem:    # Ctrl-C: which of the two is in force is not known here
+            self._stop_writes(problem, "the list of segments was changed")
+            raise
+
+    def _stop_writes(self, problem: BaseException, what: str) -> None:
+        """Something structural was not finished: only the next opening can tell what is true."""
+        self.log.stop_writes(f"{type(problem).__name__} while {what} ({problem}): reading goes on, writing needs the store "
+                             "to be closed and opened again")
+
+    def _vouch_manifest(self, instance: Instance) -> None:
+        for coming in (True, False):
+            self.log.note_manifest(coming, instance.generation, instance.inode, instance.ctime)
+
+    def _vouch_index(self, nonce: int) -> None:
+        control = os.fstat(self._control_fd)
+        self.log.trust_index(files.boot_id(), control.st_dev, control.st_ino, os.fstat(self._index_fd).st_ino, nonce)
+
+    # -- a failed sync ----------------------------------------------------------------------------------
+
+    def _poison(self, problem: OSError) -> None:
+        """A sync that failed cannot be repeated: the system may have dropped the pages and call them clean."""
+        number, end = self.log.trust["durable"]
+        self.log.stop_writes(
+            f"a sync failed ({problem.strerror}): what was written after offset {end} of segment {number} may not be "
+            "on the device; reading goes on, writing needs the store to be closed and opened again")
+        self.log.note_sync_failure(problem.errno or 5)
+
+    def _rescue(self, tail: recovery.Tail) -> recovery.Tail:
+        """After a failed sync in this boot, the cache above the last durable place may call pages clean that the device
+        never got: writes it all again, to a new segment, before anything else."""
+        number, durable = self.log.trust["durable"]
+        segments = self.manifest.segments
+        segment = self.manifest.segment_numbered(number)
+        if segment is None or segment.sealed:
+            segment = next(s for s in segments if not s.sealed)
+            durable = START
+        self.map_segment(segment)
+        _, durable, version, _ = _core.survey(self.log, segment.chunk, START, durable, 0)
+        version = max([version, *(s.last_version for s in segments)])
+        new = self.manifest.copy()
+        at = segments.index(segment)
+        del new.segments[at + 1:]
+        new.segments[at].end = durable
+        parts = []
+        for source in segments[at:segments.index(tail.segment) + 1]:
+            start = durable if source is segment else START
+            stop = tail.end if source is tail.segment else source.end if source.end is not None else 1 << 62
+            parts.append((source.chunk, start, stop))
+        size = START + _core.CONTINUES_SIZE + sum(min(stop, self.log.mapped(chunk)) - start for chunk, start, stop in parts)
+        copy = new.add_segment(max(self.options.segment_size, size + _core.MARK_SIZE))
+        records = _core.encode_link(segment.number, durable, version, copy.salt)
+        for chunk, start, stop in parts:
+            records += _core.copy_records(self.log, chunk, start, stop, copy.salt, START + len(records))
+        self._create_segment(new, copy, records)
+        self._write_manifest(new)
+        for old in segments[at + 1:]:
+            self._drop(old)
+        self.log.note_sync_failure(0)
+        return self._rebuild("a sync had failed")
+
+
+def file_step(size: int, capacity: int, needed: int) -> int:
+    """How long a segment's file becomes: twice as long, within bounds, and as long as is needed."""
+    step = max(FIRST_STEP, min(2 * size, size + LARGEST_STEP), needed)
+    page = _core.PAGE
+    return max(size, min(-(-step // page) * page, -(-capacity // page) * page))
