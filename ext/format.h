@@ -32,10 +32,6 @@ enum {
 #define CHUNK_BYTES ((uint64_t)1 << CHUNK_SHIFT)
 #define LOCATION_MASK (((uint64_t)1 << LOCATION_BITS) - 1)
 
-static inline uint64_t location_of(uint64_t first_chunk, uint64_t offset) {
-    return (first_chunk << CHUNK_UNIT_SHIFT) + (offset >> LOCATION_UNIT_SHIFT);
-}
-
 /* ---- segment: header, records, then zeros or a footer --------------------------------------------------- */
 #define SEGMENT_MAGIC "LogKVseg"
 

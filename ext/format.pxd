@@ -9,9 +9,7 @@ cdef extern from "format.h" nogil:
     const unsigned FORMAT_VERSION, PAGE_BYTES
     const unsigned LOCATION_UNIT_SHIFT, CHUNK_SHIFT, CHUNK_UNIT_SHIFT, CHUNK_COUNT
     const uint64_t CHUNK_BYTES, LOCATION_MASK
-    uint64_t location_of(uint64_t first_chunk, uint64_t offset)
 
-    const char *SEGMENT_MAGIC
     const unsigned SEGMENT_HEADER_BYTES, SEGMENT_MIN_BYTES, SEGMENT_MAX_BYTES
     ctypedef struct segment_header:
         char magic[8]

@@ -38,8 +38,8 @@ cdef class Log:
     """One process's view of a store: mapped files and, in a writer, the only state that changes them.
 
     `owner` is asked for what needs a path: `_map_location(location) -> bool`, `_index_changed()`,
-    `_index_grew() -> bool`, `_index_pages(pages)`, `_index_damaged(why)`, `_make_room(bytes)`, `_after_write()`,
-    `_segment_of(location)`.
+    `_index_grew() -> bool`, `_index_pages(pages)`, `_index_damaged(why)`, `_make_room(bytes)`, `_sync_to(version)`,
+    `_flush_later()`, `_await_turn()`, `_segment_of(location)`.
     """
     cdef:
         readonly object owner
@@ -62,11 +62,10 @@ cdef class Log:
         dict segments               # first chunk: (address, length, chunks) of those mapped
         readonly str poisoned       # why every write is refused since a sync failed, or None
         bint refusing               # writes: poisoned, paused, closing, closed, or only reading
-        bint paused                 # writes wait for the owner
         bint closing
         bint building               # the index is being filled: reads wait for the owner
         bint attention              # closed or building: reads look closer
-        readonly bint eager         # every write is followed by owner._after_write()
+        readonly bint eager         # every write waits for owner._sync_to(version)
         uint64_t unsynced_since     # version of the first write after the last sync, 0: none
         uint64_t patience           # ns after which a write waits for the flush, 0: never
         readonly bint closed
@@ -120,7 +119,6 @@ cdef class Log:
 
     def pause(self, bint paused) -> None:
         """While paused, writes call owner._await_turn() and try again."""
-        self.paused = paused
         self.refusing = paused or self.closing or self.poisoned is not None or not self.writable
 
     def build(self, bint building) -> None:

@@ -67,8 +67,10 @@ cdef void merge_sort(const uint8_t *base, Sorted *items, Sorted *spare, size_t n
         memcpy(items, source, n * sizeof(Sorted))
 
 
-def build_footer(Log log, uint64_t chunk, uint64_t end) -> bytes:
-    """The value of the footer of a segment whose records end at `end`: its newest record of each key, in key order.
+def build_footer(Log log, uint64_t chunk, uint64_t end) -> tuple:
+    """The footer of a segment whose records end at `end`: its newest record of each key, in key order.
+
+    Returns (the record as it stands at `end`, records in the segment, first version, last version).
 
     O(n log n), with the GIL released.  Raises CorruptionError if a record before `end` is not whole.
     """
@@ -130,7 +132,8 @@ def build_footer(Log log, uint64_t chunk, uint64_t end) -> bytes:
                 entry[i].hash = siphash13(log.seed, r.key, r.key_length)
                 entry[i].unit = items[i].unit
                 entry[i].size_kind = items[i].size_kind
-        return out
+        record = encode_record(KIND_FOOTER, header.last_version, b"", out, s.salt, end)
+        return record, header.records, header.first_version, header.last_version
     finally:
         free(items)
         free(spare)

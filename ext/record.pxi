@@ -97,6 +97,14 @@ def encode_segment_header(uint64_t number, uint64_t identity, bytes seed, uint32
     return (<char *> &header)[:sizeof(header)]
 
 
+def segment_identity(bytes header) -> int | None:
+    """Of which store a segment's header says that it is, checked or not; None for zeros, or less than a header."""
+    cdef segment_header *h = <segment_header *> PyBytes_AS_STRING(header)
+    if len(header) < SEGMENT_HEADER_BYTES or not any(header):
+        return None
+    return h.identity
+
+
 def checksum(data, uint32_t begin=0, *, bint software=False) -> int:
     """CRC-32C of `data` (any contiguous buffer), continued from `begin`; `software` leaves the hardware aside."""
     cdef const uint8_t[::1] view = data

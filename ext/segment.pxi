@@ -1,7 +1,5 @@
 # Appending to the active segment, through its mapping: no system call, visible to every process at once.
 
-from posix.unistd cimport pwrite
-
 cdef enum:
     POPULATE_STEP = 1 << 20
     ZEROS_STEP = 256 << 10

@@ -222,6 +222,7 @@ class Opening(Engine):
         fd = self._fd_of(tail.segment)
         size = os.fstat(fd).st_size
         files.allocate(fd, size, whole=True)
+        self.map_segment(tail.segment, size)
         self._set_active(tail.segment, size, tail.end)
         if version != tail.version or self.recovered["index"] == "rebuilt":
             self.log.settle_state(tail.segment.number, tail.end, version)
@@ -236,7 +237,7 @@ class Opening(Engine):
             self._synced_version = tail.version
 
     def _set_active(self, segment: Segment, size: int, end: int) -> None:
-        self.map_segment(segment, size)
+        """Appends go to this segment, which is mapped as far as its `size`, from `end` on."""
         _core.set_active(self.log, self._fd_of(segment), segment.number, segment.chunk, segment.capacity,
                          min(size, segment.capacity), end)
 
@@ -261,6 +262,18 @@ class Opening(Engine):
         """Removes a segment that no MANIFEST names any more."""
         self._close_fd(segment)
         self.directory.unlink(segment.name)
+
+    def _close_fds(self) -> None:
+        """What only a writer has open, its lock last."""
+        for fd in [*self._fds.values(), self._index_fd, self._lock_fd]:
+            if fd >= 0:
+                os.close(fd)
+        self._fds.clear()
+        self._index_fd = self._lock_fd = -1
+
+    def _release(self) -> None:
+        super()._release()
+        self._close_fds()
 
     def _keep_index(self, fd: int) -> None:
         if self._index_fd >= 0:

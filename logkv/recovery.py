@@ -199,6 +199,6 @@ def leftovers(directory: files.Directory, current: manifest.Manifest) -> list[st
                 header = files.read_at(fd, START, 0)
             finally:
                 os.close(fd)
-            if not any(header) or header[32:40] == current.identity.to_bytes(8, "little"):
+            if not any(header) or _core.segment_identity(header) == current.identity:
                 found.append(name)
     return found

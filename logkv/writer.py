@@ -151,11 +151,9 @@ class Writing(Opening):
             with self._sync_lock:
                 self._sync_fd(fd)
                 self._sync_fd(following_fd)     # a segment behind a sealed one begins with its link, whatever happens
-            value = _core.build_footer(self.log, segment.chunk, end)
-            first, last, records = (int.from_bytes(value[at:at + 8], "little") for at in (0, 8, 16))
-            record = _core.encode_record(_core.FOOTER, last, b"", value, segment.salt, end)
-            files.allocate(fd, end + len(record))
-            files.write_at(fd, record, end)
+            footer, records, first, last = _core.build_footer(self.log, segment.chunk, end)
+            files.allocate(fd, end + len(footer))
+            files.write_at(fd, footer, end)
             with self._sync_lock, self._lock:
                 self._sync_fd(fd)
                 self._check_open()
@@ -266,8 +264,7 @@ class Writing(Opening):
             self._keep_index(index_fd)
             with self._building():
                 _core.create_index(self.log, index_fd, 0, new.epoch, secrets.randbits(63) + 1)
-                _core.set_active(self.log, self._fds[segment.number], segment.number, segment.chunk, segment.capacity,
-                                 min(size, segment.capacity), START + len(records))
+                self._set_active(segment, size, START + len(records))
                 self.log.settle_state(segment.number, START + len(records), version, len(records))
             self.log.pause(True)
             self._epoch = new.epoch
@@ -349,19 +346,9 @@ class Writing(Opening):
         self.log.mark_clean(self.manifest.generation)
         files.sync_data(self._control_fd)
 
-    def _release(self) -> None:
-        super()._release()
-        for fd in [*self._fds.values(), self._index_fd, self._lock_fd]:
-            if fd >= 0:
-                os.close(fd)
-        self._fds.clear()
-        self._index_fd = self._lock_fd = -1
-
     def after_fork(self) -> None:
         """The child reads on, as any reader; the lock stays the parent's alone."""
-        for fd in [*self._fds.values(), self._index_fd, self._lock_fd]:
-            if fd >= 0:
-                os.close(fd)
+        self._close_fds()
         self._lock = threading.RLock()
         self.writable = False
         if hasattr(self, "log"):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import logkv
+from benchmarks.baseline import BaselineStore
 
 
 @pytest.fixture
@@ -48,6 +49,26 @@ def in_child() -> Iterator[Callable[[Callable[[], None]], int]]:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     yield run
+
+
+@pytest.fixture
+def begin_successor() -> Callable[[Path, bool], int]:
+    """Makes a store of two segments, its last record in the second; returns where the last one of the first begins."""
+
+    def make(path: Path, synced: bool) -> int:
+        store = BaselineStore(path, segment_size=65_536)
+        store[b"kept"] = bytes(30_000)
+        lost = store._log[0].end
+        store[b"lost"] = bytes(30_000)
+        store._add_segment(store._log[0])
+        store._write_manifest()
+        store[b"next"] = b"1"
+        if synced:
+            store.sync()
+        store._files.close()
+        return lost
+
+    return make
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -428,19 +429,12 @@ def test_a_kill_in_a_rotation_loses_nothing(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("synced", [False, True])
-def test_the_end_of_a_segment_with_a_successor_is_lost(tmp_path: Path, synced: bool) -> None:
+def test_the_end_of_a_segment_with_a_successor_is_lost(
+    tmp_path: Path, synced: bool, begin_successor: Callable[[Path, bool], int]
+) -> None:
     """What the successor holds does not count then, unless a sync mark in it shows that it did."""
     path = tmp_path / "s"
-    store = BaselineStore(path, segment_size=SMALL)
-    store[b"kept"] = bytes(30_000)
-    lost = store._log[0].end
-    store[b"lost"] = bytes(30_000)
-    store._add_segment(store._log[0])
-    store._write_manifest()
-    store[b"next"] = b"1"
-    if synced:
-        store.sync()
-    store._files.close()
+    lost = begin_successor(path, synced)
     with BaselineStore(path, "r") as store:
         assert set(store) == {b"kept", b"lost", b"next"}
     overwrite(segment_file(path), lost, bytes(8))

@@ -203,18 +203,11 @@ def test_a_rotation_right_after_a_cut(tmp_path: Path, taker: Opener) -> None:
 
 
 @pytest.mark.parametrize("synced", [False, True])
-def test_the_end_of_a_segment_with_a_successor_is_lost(tmp_path: Path, synced: bool) -> None:
+def test_the_end_of_a_segment_with_a_successor_is_lost(
+    tmp_path: Path, synced: bool, begin_successor: Callable[[Path, bool], int]
+) -> None:
     path = tmp_path / "s"
-    store = BaselineStore(path, segment_size=SMALL)
-    store[b"kept"] = bytes(30_000)
-    lost = store._log[0].end
-    store[b"lost"] = bytes(30_000)
-    store._add_segment(store._log[0])
-    store._write_manifest()
-    store[b"next"] = b"1"
-    if synced:
-        store.sync()
-    store._files.close()
+    lost = begin_successor(path, synced)
     assert contents(path) == ({b"kept": bytes(30_000), b"lost": bytes(30_000), b"next": b"1"},) * 2
     with open(path / "0000000001.seg", "r+b") as file:
         file.seek(lost)
@@ -395,8 +388,7 @@ def test_footers(tmp_path: Path, write: Opener) -> None:
         if listed.sealed:
             sealed += 1
             log.map_segment(segment.fd, segment.number, listed.chunk, listed.capacity, segment.size, segment.salt)
-            value = _core.build_footer(log, listed.chunk, segment.end)
-            record = _core.encode_record(_core.FOOTER, segment.last_version, b"", value, segment.salt, segment.end)
+            record, *_ = _core.build_footer(log, listed.chunk, segment.end)
             assert record == segment.footer(read_manifest(path))
             assert record == segment.map[segment.end : segment.end + len(record)]
         segment.close()
