@@ -36,5 +36,6 @@ include "segment.pxi"   # append: put, delete, marks
 include "scan.pxi"      # recovery: replay records and footers
 include "order.pxi"     # entries in key order: footers
 include "handle.pxi"    # what users hold: mapping methods and iterators
+include "verify.pxi"    # reads everything, believes nothing
 
 crc32c_setup()

@@ -7,6 +7,10 @@ cdef inline bytes record_value(Log log, record_view *r, uint64_t location):
     return PyBytes_FromStringAndSize(<const char *> r.value, r.value_length)
 
 
+cdef inline object decoded(bytes value, decode):
+    return value if decode is None else decode(value)
+
+
 cdef int check_value(Log log, record_view *r, uint64_t location) except -1:
     cdef Chunk *chunk = &log.chunks[location >> CHUNK_UNIT_SHIFT]
     cdef uint64_t offset = (location - chunk.origin) << LOCATION_UNIT_SHIFT
@@ -52,11 +56,17 @@ cdef inline int find(Log log, Bytes key, Probe *p) except -1:
 
 
 cdef class ReadHandle:
-    """The reading half of a mapping of bytes to bytes."""
-    cdef Log log
+    """The reading half of a mapping of bytes to bytes, or to what a codec makes of them."""
+    cdef:
+        Log log
+        object encode, decode       # of the values; None where they are bytes
 
-    def _attach(self, Log log) -> None:
+    def __class_getitem__(cls, item):
+        return cls
+
+    def _attach(self, Log log, encode, decode) -> None:
         self.log = log
+        self.encode, self.decode = encode, decode
 
     def _detach(self) -> None:
         self.log = None
@@ -73,10 +83,10 @@ cdef class ReadHandle:
         key_bytes(key, &k)
         if find(log, k, &p) == MISSING:
             raise KeyError(key)
-        return record_value(log, &p.record, p.location)
+        return decoded(record_value(log, &p.record, p.location), self.decode)
 
     def get(self, key, default=None):
-        """The value of `key` as bytes, or `default`.
+        """The value of `key`, or `default`.
 
         One probe of the index and one read of the log; the record's checksum is compared.  Raises TypeError if the
         key is neither bytes nor str, CorruptionError if the record is damaged, ClosedError.
@@ -87,7 +97,7 @@ cdef class ReadHandle:
         key_bytes(key, &k)
         if find(log, k, &p) == MISSING:
             return default
-        return record_value(log, &p.record, p.location)
+        return decoded(record_value(log, &p.record, p.location), self.decode)
 
     def __contains__(self, key):
         cdef Log log = self.log
@@ -110,7 +120,7 @@ cdef class ReadHandle:
         """An iterator over keys (0), values (1) or pairs (2)."""
         cdef Log log = self.log
         current(log)
-        return StoreIterator(log, what)
+        return StoreIterator(log, what, self.decode)
 
 
 cdef class WriteHandle(ReadHandle):
@@ -133,6 +143,8 @@ cdef class WriteHandle(ReadHandle):
         if log is None:
             raise ClosedError("the store is closed")
         key_bytes(key, &k)
+        if self.encode is not None:
+            value = self.encode(value)
         taken = value_bytes(value, &v, &view)
         try:
             return put(log, k, v)
@@ -143,7 +155,7 @@ cdef class WriteHandle(ReadHandle):
     def __setitem__(self, key, value):
         cdef Log log = self.log
         cdef Bytes k, v
-        if log is not None and PyBytes_Check(value):
+        if log is not None and self.encode is None and PyBytes_Check(value):
             key_bytes(key, &k)
             v.data, v.size = <const uint8_t *> PyBytes_AS_STRING(value), PyBytes_GET_SIZE(value)
             put(log, k, v)
@@ -171,8 +183,10 @@ cdef class WriteHandle(ReadHandle):
         if log is None:
             raise ClosedError("the store is closed")
         key_bytes(key, &k)
+        if self.decode is not None:
+            self.get(key)           # a value that cannot be decoded raises here, and stays
         delete(log, k, popped)
-        return popped
+        return [decoded(value, self.decode) for value in popped]
 
 
 cdef uint64_t PREFETCH_AHEAD = 12
@@ -188,6 +202,7 @@ cdef class StoreIterator:
     cdef:
         Log log
         int what
+        object decode           # of the values; None where they are bytes
         bint last               # the shard that was copied is the last one
         uint64_t cursor         # the first hash that was not copied yet
         uint64_t seq            # of the state when the shard was copied
@@ -195,9 +210,10 @@ cdef class StoreIterator:
         uint64_t *locations
         size_t at, count, room
 
-    def __cinit__(self, Log log, int what):
+    def __cinit__(self, Log log, int what, decode):
         self.log = log
         self.what = what
+        self.decode = decode
         self.clears = log.clears
 
     def __dealloc__(self):
@@ -243,15 +259,13 @@ cdef class StoreIterator:
             return self.item(&r, location)
 
     cdef inline object item(self, record_view *r, uint64_t location):
-        cdef bytes key, value
-        if self.what != 0:
-            value = record_value(self.log, r, location)
-            if self.what == 1:
-                return value
-        key = PyBytes_FromStringAndSize(<const char *> r.key, r.key_length)
-        if self.what == 0:
-            return key
-        return key, value
+        cdef bytes key = None
+        if self.what != 1:
+            key = PyBytes_FromStringAndSize(<const char *> r.key, r.key_length)
+            if self.what == 0:
+                return key
+        value = decoded(record_value(self.log, r, location), self.decode)
+        return value if self.what == 1 else (key, value)
 
     cdef int copy_shard(self) except -1:
         cdef uint64_t word, entry, bucket, value, after

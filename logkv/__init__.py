@@ -18,10 +18,11 @@ from logkv.errors import (
     error,
 )
 from logkv.store import Reader, Store, Writer, open
+from logkv.verification import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ClosedError", "CorruptionError", "Error", "FormatError", "LockedError", "NotFoundError", "ReadOnlyError",
-    "Reader", "Store", "Writer", "error", "open",
+    "Reader", "Store", "Writer", "error", "open", "verify",
 ]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from logkv import _core, files, manifest, recovery
-from logkv.errors import CorruptionError, Error, FormatError, NotFoundError
+from logkv.errors import ClosedError, CorruptionError, Error, FormatError, NotFoundError
 from logkv.manifest import Instance, Manifest, Segment
 
 ATTEMPTS = 50       # to see MANIFEST and control page of one moment while a writer changes both
@@ -36,6 +36,7 @@ class Engine:
         self._control_fd = -1
         self.promised = (0, 0)          # (file number, offset) that the log must reach
         self._epoch = 0                 # of the index that is in use
+        self.codec: str | None          # of the values, while it is open
         try:
             self._open()
         except BaseException:
@@ -46,6 +47,7 @@ class Engine:
 
     def _open(self) -> None:
         self.manifest, _ = self._read_manifest()
+        self.codec = self.manifest.codec
         self.log = _core.Log(self, self.manifest.identity, self.manifest.seed, False)
         self._map_control()
         self._take_index()
@@ -80,7 +82,7 @@ class Engine:
         for _ in range(ATTEMPTS):
             signs = self.log.signs
             self.manifest, instance = self._read_manifest()
-            trust = recovery.trust(self.directory, self.log, self._control_fd, instance)
+            trust = self.trust_in_index(instance)
             why = trust.why
             if trust.index:
                 problem = self._attach_index(trust.clean, signs[0])
@@ -92,11 +94,19 @@ class Engine:
                 break
         self._build_own_index(why)
 
+    def trust_in_index(self, instance: Instance) -> recovery.Trust:
+        """Whether the store's index is to be believed beside this MANIFEST."""
+        return recovery.trust(self.directory, self.log, self._control_fd, instance)
+
     def _now_in(self, epoch: int, signs: tuple[int, int, int]) -> None:
         """The index is taken: it belongs to this epoch, and is good until the control page shows other signs."""
         if epoch != self._epoch:
             self.log.forget_segments()
             self._epoch = epoch
+            if self.manifest.codec != self.codec:       # handles that decode would read what is something else
+                self.log.close()
+                raise ClosedError(f"{self.directory.path} was emptied and now has codec {self.manifest.codec!r}, not "
+                                  f"{self.codec!r}: open it again")
         self.log.heed((signs[0], epoch if signs[1] else 0, signs[2]))
 
     def _attach_index(self, clean: bool, nonce: int) -> str | None:
@@ -299,7 +309,9 @@ class Engine:
             "last_version": state["version"],
             "generation": self.manifest.generation,
             "epoch": self.manifest.epoch,
+            "codec": self.manifest.codec,
             "cuts": [list(cut) for cut in self.manifest.cuts],
+            "cut_bytes": self.manifest.cut_bytes,
             "recovery": dict(self.recovered),
             "writable": self.writable,
         }

@@ -25,15 +25,15 @@ class LockedError(Error):
     `pid`: that process, or None if it is not known.
     """
 
-    def __init__(self, message: str, *, pid: int | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, *arguments: object, pid: int | None = None) -> None:
+        super().__init__(*arguments)
         self.pid = pid
 
 
 class CorruptionError(Error):
     """Something that was on the device is damaged.
 
-    `path`: the file; `segment`: its number; `offset`: in bytes; `expected` and `found`: as text.
+    `reason`: what is wrong; `path`: the file; `segment`: its number; `offset`: in bytes; `expected` and `found`: as text.
     """
 
     def __init__(self, message: str, *, path: str | None = None, segment: int | None = None, offset: int | None = None,
@@ -45,6 +45,7 @@ class CorruptionError(Error):
         if expected is not None:
             parts.append(f"expected {expected}, found {found}")
         super().__init__(": ".join([" ".join(parts[:2]), *parts[2:]]) if where is not None else ": ".join(parts))
+        self.reason = message
         self.path = path
         self.segment = segment
         self.offset = offset

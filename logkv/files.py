@@ -11,6 +11,7 @@ import fcntl
 import os
 import re
 import struct
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -219,15 +220,31 @@ def read_at(fd: int, size: int, offset: int) -> bytes:
 
 
 # -- the writer's lock ------------------------------------------------------------------------------------------
+#
+# Byte 0 of LOCK is the lock.  Who waits for it locks the byte whose number is the time at which it began to wait, and
+# takes its turn when no byte before that is locked.  A dead process keeps neither.
 
-_WHOLE_FILE = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 _SET, _GET = getattr(fcntl, "F_OFD_SETLK", 90), getattr(fcntl, "F_OFD_GETLK", 92)
+_DARWIN = sys.platform == "darwin"
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.01      # seconds between two looks of one who waits
 
 
-def try_lock(fd: int) -> bool:
-    """Takes the lock of this open file, unless somebody has it; it goes with the last descriptor of that open file."""
+def _flock(kind: int, start: int, length: int) -> bytes:
+    """A `struct flock`."""
+    if _DARWIN:
+        return struct.pack("qqihh", start, length, 0, kind, os.SEEK_SET)
+    return struct.pack("hhqqi4x", kind, os.SEEK_SET, start, length, 0)
+
+
+def _kind(flock: bytes) -> int:
+    kind: int = struct.unpack_from("h", flock, 20 if _DARWIN else 0)[0]
+    return kind
+
+
+def _try_lock(fd: int, byte: int) -> bool:
+    """Takes the lock of a byte, unless another open file has it; it goes with the last descriptor of this one."""
     try:
-        fcntl.fcntl(fd, _SET, _WHOLE_FILE)
+        fcntl.fcntl(fd, _SET, _flock(fcntl.F_WRLCK, byte, 1))
     except OSError as problem:
         if problem.errno in (errno.EAGAIN, errno.EACCES):
             return False
@@ -235,36 +252,64 @@ def try_lock(fd: int) -> bool:
     return True
 
 
+def _is_locked(fd: int, start: int, length: int) -> bool:
+    return _kind(fcntl.fcntl(fd, _GET, _flock(fcntl.F_WRLCK, start, length))) != fcntl.F_UNLCK
+
+
 def is_locked(fd: int) -> bool:
-    """Whether another open file holds the lock; takes nothing."""
-    kind: int = struct.unpack("hhqqi4x", fcntl.fcntl(fd, _GET, _WHOLE_FILE))[0]
-    return kind != fcntl.F_UNLCK
+    """Whether another open file holds the writer's lock; takes nothing."""
+    return _is_locked(fd, 0, 1)
 
 
 def lock(directory: Directory, timeout: float) -> int:
-    """Takes the writer's lock, waiting for at most `timeout` seconds, and returns the descriptor that holds it.
+    """Takes the writer's lock and returns the descriptor that holds it; waits for at most `timeout` seconds, first come,
+    first served.
 
     Raises LockedError with the pid that the holder left in the file.
     """
     fd = directory.open(LOCK, writable=True, create=True)
     try:
-        deadline = time.monotonic() + timeout
-        pause = 0.0005
-        while not try_lock(fd):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                text = read_at(fd, 32, 0).strip()
-                pid = int(text) if text.isdigit() else None
-                raise LockedError(f"{directory.path} is being written by another process (pid {pid or 'unknown'})",
-                                  pid=pid)
-            time.sleep(min(pause, left))
-            pause = min(pause * 2, 0.02)
+        if timeout <= 0:
+            taken = _try_lock(fd, 0)
+        else:
+            taken = _wait_for_lock(fd, time.monotonic() + timeout)
+        if not taken:
+            text = read_at(fd, 32, 0).strip()
+            pid = int(text) if text.isdigit() else None
+            waited = f" (waited for {timeout:g} s)" if timeout else ""
+            raise LockedError(errno.EAGAIN, f"{directory.path} is being written by another process, pid "
+                              f"{pid or 'unknown'}{waited}", pid=pid)
         os.ftruncate(fd, 0)
         write_at(fd, b"%d\n" % os.getpid(), 0)
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def unlock(fd: int) -> None:
+    """Lets the writer's lock go, even if a child of a fork still has the open file."""
+    fcntl.fcntl(fd, _SET, _flock(fcntl.F_UNLCK, 0, 1))
+
+
+def _wait_for_lock(fd: int, deadline: float) -> bool:
+    """Queues up, and takes the lock when it is this one's turn; False at the deadline."""
+    ticket = time.monotonic_ns()
+    while not _try_lock(fd, ticket):
+        ticket += 1
+    pause = _SHORTEST_PAUSE
+    try:
+        while True:
+            first = not _is_locked(fd, 1, ticket - 1)
+            if first and _try_lock(fd, 0):
+                return True
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, _LONGEST_PAUSE / 4 if first else _LONGEST_PAUSE)
+    finally:
+        fcntl.fcntl(fd, _SET, _flock(fcntl.F_UNLCK, ticket, 1))
 
 
 # -- the system -------------------------------------------------------------------------------------------------

@@ -54,12 +54,13 @@ class Manifest:
     last_version: int = 0
     cuts: list[list[int]] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
-    options: dict[str, Any] = field(default_factory=dict)
+    codec: str | None = None            # what the values are encoded with; None: they are bytes
+    cut_bytes: int = 0                  # of torn tails, over the store's life
 
     @classmethod
-    def new(cls) -> Manifest:
+    def new(cls, codec: str | None) -> Manifest:
         """A store with an identity and a seed of its own, and no segment yet."""
-        return cls(identity=secrets.randbits(64), seed=secrets.token_bytes(16))
+        return cls(identity=secrets.randbits(64), seed=secrets.token_bytes(16), codec=codec)
 
     def add_segment(self, capacity: int) -> Segment:
         """A successor, numbered and placed, at the end of the list."""
@@ -85,16 +86,16 @@ class Manifest:
         return None
 
     def copy(self) -> Manifest:
-        return replace(self, cuts=[list(cut) for cut in self.cuts], segments=[replace(s) for s in self.segments],
-                       options=dict(self.options))
+        return replace(self, cuts=[list(cut) for cut in self.cuts], segments=[replace(s) for s in self.segments])
 
     def encode(self) -> bytes:
         """The file's bytes."""
         body = json.dumps({
             "identity": f"{self.identity:016x}", "seed": self.seed.hex(), "hash": HASH, "features": [0, 0, 0],
-            "options": self.options, "generation": self.generation, "epoch": self.epoch,
+            "options": {} if self.codec is None else {"codec": self.codec},
+            "generation": self.generation, "epoch": self.epoch,
             "next_number": self.next_number, "next_chunk": self.next_chunk, "last_version": self.last_version,
-            "cuts": self.cuts,
+            "cuts": self.cuts, "cut_bytes": self.cut_bytes,
             "segments": [{name: getattr(s, name) for name in Segment.__slots__} for s in self.segments],
         }, indent=1).encode()
         return b"%s %d %08x %d\n" % (MAGIC.encode(), FORMAT, checksum(body), len(body)) + body
@@ -126,7 +127,7 @@ class Manifest:
         features = fields["features"]
         if features[2] or features[1] and writable:
             raise FormatError(f"{path} asks for features {features} that this version of LogKV does not have")
-        if fields["options"]:
+        if set(fields["options"]) - {"codec"}:
             raise FormatError(f"{path} asks for options {fields['options']} that this version of LogKV does not have")
         if fields["hash"] != HASH:
             raise FormatError(f"{path} asks for the hash {fields['hash']!r}; this version of LogKV has {HASH!r}")
@@ -134,7 +135,7 @@ class Manifest:
             identity=int(fields["identity"], 16), seed=bytes.fromhex(fields["seed"]),
             generation=fields["generation"], epoch=fields["epoch"], next_number=fields["next_number"],
             next_chunk=fields["next_chunk"], last_version=fields["last_version"], cuts=fields["cuts"],
-            options=fields["options"],
+            cut_bytes=fields["cut_bytes"], codec=fields["options"].get("codec"),
             segments=[Segment(**{name: s[name] for name in Segment.__slots__ if name in s})
                       for s in fields["segments"]],
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from logkv import _core, files, manifest, recovery
 from logkv.engine import Engine, no_store
@@ -27,6 +27,7 @@ class Options:
 
     sync: float | str = "os"                # "os", "always", or seconds
     segment_size: int = 256 << 20
+    codec: str | None = field(default=None, compare=False)      # of a new store; an existing one has its own
     background: bool = True                 # sealing and flushing on a thread of their own
 
     def __post_init__(self) -> None:
@@ -94,7 +95,7 @@ class Opening(Engine):
         for name in self.directory.names():
             if name not in (files.LOCK, files.CONTROL, files.LOST_FOUND):
                 self.directory.unlink(name)
-        new = Manifest.new()
+        new = Manifest.new(self.options.codec)
         new.generation = 1
         segment = new.add_segment(self.options.segment_size)
         self._create_segment(new, segment)
@@ -130,8 +131,9 @@ class Opening(Engine):
 
     def _recover(self, instance: Instance) -> None:
         self._epoch = self.manifest.epoch
+        self.codec = self.manifest.codec
         self.promised = recovery.promised(self.log, instance)
-        trust = recovery.trust(self.directory, self.log, self._control_fd, instance)
+        trust = self.trust_in_index(instance)
         self.log.note_epoch(self.manifest.epoch)
         failed = self.log.trust["sync_failed"] and self.log.trust["boot"] == files.boot_id()
         tail = self._take_trusted(trust, instance) if trust.index else None
@@ -214,6 +216,7 @@ class Opening(Engine):
     def _begin(self, tail: recovery.Tail, lost: int) -> None:
         """The log's end is known and clean behind: writes a MANIFEST of this writer's own and lets puts begin."""
         current = self.manifest.copy()
+        current.cut_bytes += self.recovered["cut_bytes"]
         version = max(tail.version, lost, current.last_version)
         if lost:
             version = max(version, manifest.now())
@@ -273,6 +276,8 @@ class Opening(Engine):
 
     def _release(self) -> None:
         super()._release()
+        if self._lock_fd >= 0:
+            files.unlock(self._lock_fd)
         self._close_fds()
 
     def _keep_index(self, fd: int) -> None:

@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import threading
 import warnings
-from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, MutableMapping, ValuesView
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Generic, Literal, Self, TypedDict, TypeVar, Unpack, overload
 
-from logkv import _core, files
+from logkv import _core, codecs, files, views
+from logkv.codecs import Codec, SupportsCodec
 from logkv.engine import Engine
 from logkv.errors import ClosedError, LockedError, ReadOnlyError
 from logkv.opening import Options
+from logkv.verification import Progress, Report, verify
 from logkv.writer import Writing, writers
 
-Path = str | os.PathLike[str]
+V = TypeVar("V")
+Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Key = bytes | str
-Value = bytes | str | bytearray | memoryview
 Sync = float | Literal["os", "always"]
+_MISSING = object()
+
+
+class _Options(TypedDict, total=False):
+    sync: Sync
+    segment_size: int
+    timeout: float
+
 
 _engines: dict[tuple[int, int, bool], Engine] = {}      # by device, inode, writable
 _busy: dict[tuple[int, int, bool], threading.Event] = {}       # those that are being opened or closed
 _engines_lock = threading.RLock()
 
 
-def _text(path: Path) -> str:
-    name = os.fspath(path)
-    if not isinstance(name, str):
-        raise TypeError(f"a path must be str or os.PathLike[str], not {type(path).__name__}")
-    return name
 
 
 def _shared(directory: files.Directory, writable: bool, make: Callable[[], Engine]) -> tuple[Engine, bool]:
@@ -40,7 +46,7 @@ def _shared(directory: files.Directory, writable: bool, make: Callable[[], Engin
     while True:
         with _engines_lock:
             engine, busy = _engines.get(key), _busy.get(key)
-            if engine is not None:
+            if engine is not None and not engine.log.closed:
                 directory.close()
                 engine.users += 1
                 return engine, False
@@ -78,12 +84,13 @@ def _acquire_writer(path: str, flag: str, mode: int, options: Options, timeout: 
     assert isinstance(engine, Writing)
     try:
         if not new and flag == "n":
-            raise LockedError(f"{path} is open for writing in this process: it cannot be replaced", pid=os.getpid())
+            raise LockedError(errno.EAGAIN, f"{path} is open for writing in this process: it cannot be replaced",
+                              pid=os.getpid())
         if engine.options != options:
             raise ValueError(f"{path} is open in this process with {engine.options}; it cannot be opened with "
                              f"{options} beside that")
         if flag == "n" and not engine.created:
-            engine.clear()
+            engine.clear(options.codec)
     except BaseException:
         _release(engine)
         raise
@@ -130,21 +137,36 @@ atexit.register(_close_all)
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-class _Handle(_core.ReadHandle):
-    """What every handle has: a path, an engine, an end."""
+class _Handle(_core.ReadHandle[V]):
+    """What every handle has: a path, an engine, a codec, an end."""
 
     _engine: Engine | None = None
     _path: str = ""
+    _asked: Any = None              # the argument `codec`
+    _decodes = False
+    _writes = False                 # or did before a fork
 
-    def _hold(self, engine: Engine, path: str) -> None:
-        self._engine = engine
-        self._path = path
-        self._attach(engine.log)
+    def _hold(self, engine: Engine, path: str, codec: Any = None) -> None:
+        resolved = codecs.resolve(codec)
+        try:
+            codecs.check_name(resolved, engine.codec, path, reading=not engine.writable)
+        except ValueError:
+            _release(engine)
+            raise
+        self._engine, self._path, self._asked = engine, path, codec
+        self._decodes = resolved.decode is not None
+        self._writes = engine.writable
+        self._attach(engine.log, resolved.encode, resolved.decode)
 
     @property
     def path(self) -> str:
         """The store's directory, as it was given."""
         return self._path
+
+    @property
+    def codec(self) -> str | None:
+        """The name of what the store's values are encoded with; None: they are bytes."""
+        return self._open_engine().codec
 
     def _open_engine(self) -> Engine:
         if self._engine is None or self.closed: 
@@ -174,6 +196,18 @@ class _Handle(_core.ReadHandle):
                 warnings.warn(f"{self!r} was not closed", ResourceWarning, source=self, stacklevel=2)
             self.close()
 
+    def __copy__(self) -> Self:
+        """Another handle of the same store, with the same rights."""
+        twin = type(self).__new__(type(self))
+        with _engines_lock:
+            engine = self._open_engine()
+            engine.users += 1
+        twin._hold(engine, self._path, self._asked)
+        return twin
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self.__copy__()
+
     def __repr__(self) -> str:
         engine = self._engine
         state = "closed" if engine is None or self.closed else \
@@ -185,61 +219,54 @@ class _Handle(_core.ReadHandle):
         return self._open_engine().stats()
 
 
-class _Keys(KeysView[bytes]):
-    """Live; iterates in no particular order."""
-
-    _mapping: Any
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._mapping)
-
-
-class _Values(ValuesView[bytes]):
-    _mapping: Any
-
-    def __iter__(self) -> Iterator[bytes]:
-        iterator: Iterator[bytes] = self._mapping._iterate(1)
-        return iterator
-
-    def __contains__(self, value: object) -> bool:
-        wanted = _as_bytes(value)
-        return any(value == wanted for value in self)
-
-
-class _Items(ItemsView[bytes, bytes]):
-    _mapping: Any
-
-    def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
-        iterator: Iterator[tuple[bytes, bytes]] = self._mapping._iterate(2)
-        return iterator
-
-    def __contains__(self, item: object) -> bool:
-        if not isinstance(item, tuple) or len(item) != 2:
-            return False
-        return bool(self._mapping.get(item[0], _MISSING) == _as_bytes(item[1]))
-
-
-_MISSING = object()
-
-
-def _as_bytes(value: object) -> object:
-    return value.encode() if isinstance(value, str) else value
-
-
-class _Reading(_Handle):
+class _Reading(_Handle[V]):
     """The reading half of the mapping, beside what `_core.ReadHandle` does."""
 
-    def keys(self) -> KeysView[bytes]:
+    def keys(self) -> views.Keys:
         """A live, set-like view of the keys."""
-        return _Keys(self)
+        return views.Keys(self)
 
-    def values(self) -> ValuesView[bytes]:
+    def values(self) -> views.Values[V]:
         """A live view of the values."""
-        return _Values(self)
+        return views.Values(self)
 
-    def items(self) -> ItemsView[bytes, bytes]:
+    def items(self) -> views.Items[V]:
         """A live, set-like view of the pairs."""
-        return _Items(self)
+        return views.Items(self)
+
+    def copy(self) -> dict[bytes, V]:
+        """A dict of all pairs."""
+        return dict(self.items())
+
+    def __or__(self, other: Mapping[Key, Any]) -> dict[bytes, Any]:
+        return self.copy() | self._pairs_of(other) if isinstance(other, Mapping) else NotImplemented
+
+    def __ror__(self, other: Mapping[Key, Any]) -> dict[bytes, Any]:
+        return self._pairs_of(other) | self.copy() if isinstance(other, Mapping) else NotImplemented
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both hold the same pairs; a str of the other side stands for its bytes in UTF-8."""
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        if not isinstance(other, _Reading):
+            other = self._pairs_of(other)
+        return len(self) == len(other) and all(other.get(key, _MISSING) == value for key, value in self.items())
+
+    __hash__ = None                 # type: ignore[assignment]
+
+    def _pairs_of(self, other: Mapping[Any, Any]) -> dict[Any, Any]:
+        return {views.as_bytes(key): self._as_stored(value) for key, value in other.items()}
+
+    def _as_stored(self, value: object) -> object:
+        return value if self._decodes else views.as_bytes(value)
+
+    def __reduce__(self) -> Any:
+        self._open_engine()
+        return _reopen, (type(self), os.path.abspath(self._path), self._asked)
+
+    def verify(self, *, progress: Progress | None = None) -> Report:
+        """Reads everything that the store holds and reports damage; see `logkv.verify`."""
+        return verify(self._open_engine().directory.path, progress=progress)
 
     def refresh(self) -> None:
         """Looks at the store anew.  Needed only where no writer could be seen before: a reader follows a live writer
@@ -247,33 +274,53 @@ class _Reading(_Handle):
         self._open_engine().refresh()
 
 
-class Reader(_Reading, Mapping[bytes, bytes]):
+def _reopen(kind: type[Any], path: str, codec: Any) -> Any:
+    """What was pickled, opened for reading."""
+    return kind(path, "r", codec=codec) if issubclass(kind, Store) else kind(path, codec=codec)
+
+
+class Reader(_Reading[V], Mapping[bytes, V]):
     """A read-only mapping of a store that follows its writer live, in this process or another.
 
-    Any number of readers may be open; they take no lock and never wait.
+    Any number of readers may be open; they take no lock and never wait.  Pickled, a Reader opens the store again where it
+    is unpickled.
     """
 
-    def __init__(self, path: Path) -> None:
+    @overload
+    def __init__(self: Reader[bytes], path: Path, *, codec: Literal["bytes"] | None = None) -> None: ...
+    @overload
+    def __init__(self: Reader[str], path: Path, *, codec: Literal["str"]) -> None: ...
+    @overload
+    def __init__(self: Reader[Any], path: Path, *, codec: str | Codec | None) -> None: ...
+    @overload
+    def __init__(self, path: Path, *, codec: SupportsCodec[V]) -> None: ...
+
+    def __init__(self, path: Path, *, codec: Any = None) -> None:
         """Opens the store at `path`.
 
-        Raises NotFoundError, FormatError, CorruptionError, Error.  O(1) beside a live or closed writer; after a power
-        cut it builds an index of its own in memory, at some 100 ns a record.
+        codec: what the values are encoded with, as for `logkv.open`; "bytes": the stored bytes, whatever it is.
+
+        Raises NotFoundError, FormatError, CorruptionError, Error, ValueError (the store has another codec).  O(1) beside
+        a live or closed writer; after a power cut it builds an index of its own in memory, at some 100 ns a record.
         """
-        name = _text(path)
-        self._hold(_acquire_reader(name), name)
+        codecs.resolve(codec)
+        name = os.fsdecode(path)
+        self._hold(_acquire_reader(name), name, codec)
 
 
-class _WritingHandle(_Handle):
+class _WritingHandle(_Handle[V]):
     def sync(self) -> None:
-        """Returns when everything that was written is on the device.  Raises Error if that fails, and then every
-        later write does too: the system may have dropped what it could not write."""
+        """Returns when everything that was written is on the device; a handle that only reads has nothing to wait for.
+        Raises Error if that fails, and then every later write does too: the system may have dropped what it could not
+        write."""
         engine = self._open_engine()
-        if not isinstance(engine, Writing):
-            raise ReadOnlyError(f"{self._path} is open for reading only")
-        engine.sync()
+        if isinstance(engine, Writing):
+            engine.sync()
+        elif self._writes:
+            raise ReadOnlyError(f"{self._path} is open for reading only in the child of a fork")
 
 
-class Writer(_WritingHandle, _core.WriteHandle):
+class Writer(_WritingHandle[V], _core.WriteHandle[V]):
     """The single writer of a store; of the reading half it has `get`, `[]`, `in`, `len` and iteration over keys.  `Store`
     is the whole mapping.
 
@@ -288,32 +335,70 @@ class Writer(_WritingHandle, _core.WriteHandle):
     b'4411.99'
     """
 
+    @overload
+    def __init__(self: Writer[bytes], path: Path, *, mode: int = ..., codec: Literal["bytes"] | None = None,
+                 **options: Unpack[_Options]) -> None: ...
+    @overload
+    def __init__(self: Writer[str], path: Path, *, mode: int = ..., codec: Literal["str"],
+                 **options: Unpack[_Options]) -> None: ...
+    @overload
+    def __init__(self: Writer[Any], path: Path, *, mode: int = ..., codec: str | Codec | None,
+                 **options: Unpack[_Options]) -> None: ...
+    @overload
+    def __init__(self, path: Path, *, mode: int = ..., codec: SupportsCodec[V],
+                 **options: Unpack[_Options]) -> None: ...
+
     def __init__(self, path: Path, *, mode: int = 0o666, sync: Sync = "os", segment_size: int = 256 << 20,
-                 timeout: float = 0) -> None:
+                 timeout: float = 0, codec: Any = None) -> None:
         """Opens the store at `path` for writing and creates it if it is missing; the arguments are `open`'s."""
-        name = _text(path)
-        self._hold(_acquire_writer(name, "c", mode, Options(sync, segment_size), timeout), name)
+        name = os.fsdecode(path)
+        options = Options(sync, segment_size, codecs.resolve(codec).name)
+        self._hold(_acquire_writer(name, "c", mode, options, timeout), name, codec)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(f"{self!r} is the store's one writer and is not pickled; pickle a Reader")
 
 
-class Store(_WritingHandle, _Reading, _core.WriteHandle, MutableMapping[bytes, bytes]):
-    """A persistent mapping of bytes to bytes: reader and writer in one.  The arguments are those of `logkv.open`."""
+class Store(_WritingHandle[V], _Reading[V], _core.WriteHandle[V], MutableMapping[bytes, V]):
+    """A persistent mapping of bytes to bytes: reader and writer in one.  The arguments are those of `logkv.open`.
+
+    Pickled, it opens the store for reading where it is unpickled.
+    """
 
     _popping: Iterator[bytes] | None = None
 
+    @overload
+    def __init__(self: Store[bytes], path: Path, flag: str = ..., mode: int = ..., *,
+                 codec: Literal["bytes"] | None = None, **options: Unpack[_Options]) -> None: ...
+    @overload
+    def __init__(self: Store[str], path: Path, flag: str = ..., mode: int = ..., *, codec: Literal["str"],
+                 **options: Unpack[_Options]) -> None: ...
+    @overload
+    def __init__(self: Store[Any], path: Path, flag: str = ..., mode: int = ..., *, codec: str | Codec | None,
+                 **options: Unpack[_Options]) -> None: ...
+    @overload
+    def __init__(self, path: Path, flag: str = ..., mode: int = ..., *, codec: SupportsCodec[V],
+                 **options: Unpack[_Options]) -> None: ...
+
     def __init__(self, path: Path, flag: str = "c", mode: int = 0o666, *, sync: Sync = "os",
-                 segment_size: int = 256 << 20, timeout: float = 0) -> None:
+                 segment_size: int = 256 << 20, timeout: float = 0, codec: Any = None) -> None:
         """Opens the store at `path`; see `logkv.open`."""
-        name = _text(path)
+        name = os.fsdecode(path)
         if flag not in ("r", "w", "c", "n"):
             raise ValueError(f'flag must be "r", "w", "c" or "n", not {flag!r}')
-        options = Options(sync, segment_size)
-        self._hold(_acquire_reader(name) if flag == "r" else _acquire_writer(name, flag, mode, options, timeout), name)
+        options = Options(sync, segment_size, codecs.resolve(codec).name)
+        engine = _acquire_reader(name) if flag == "r" else _acquire_writer(name, flag, mode, options, timeout)
+        self._hold(engine, name, codec)
 
     def update(self, other: Any = (), /, **more: Any) -> None:
         """Stores all pairs of a mapping, or of an iterable of pairs, and of the keywords; each by itself."""
         MutableMapping.update(self, other, **more)
 
-    def popitem(self) -> tuple[bytes, bytes]:
+    def __ior__(self, other: Any) -> Self:      # type: ignore[override, misc]
+        self.update(other)
+        return self
+
+    def popitem(self) -> tuple[bytes, V]:
         """Removes some pair and returns it; KeyError if there is none.  Atomic between threads; O(1) on average."""
         while True:
             fresh = self._popping is None
@@ -337,27 +422,44 @@ class Store(_WritingHandle, _Reading, _core.WriteHandle, MutableMapping[bytes, b
             return default[0]
         raise KeyError(key)
 
-    def setdefault(self, key: Key, default: Value = b"") -> bytes:
-        """The value of `key`; if there is none, `default` is stored and returned as it was stored."""
-        value: bytes | None = self.get(key)
-        if value is None:
+    def setdefault(self, key: Key, default: Any = _MISSING) -> V:
+        """The value of `key`; if there is none, `default` is stored and returned as it was stored.  Without a default
+        that is b"", with a codec None."""
+        value: Any = self.get(key, _MISSING)
+        if value is _MISSING:
+            if default is _MISSING:
+                default = None if self._decodes else b""
             self.put(key, default)
             value = self[key]
-        return value
+        return value    # type: ignore[no-any-return]
 
     def clear(self) -> None:
         """Removes everything, quickly and atomically: the log begins anew, the old files go."""
         engine = self._open_engine()
         if not isinstance(engine, Writing) or not engine.log.writable:
             raise ReadOnlyError(f"{self._path} is open for reading only")
-        engine.clear()
+        engine.clear(engine.codec)
 
     def __reversed__(self) -> Iterator[bytes]:
         raise TypeError("a LogKV store keeps no order of insertion")
 
 
+@overload
+def open(path: Path, flag: str = ..., mode: int = ..., *, codec: Literal["bytes"] | None = None,
+         **options: Unpack[_Options]) -> Store[bytes]: ...
+@overload
+def open(path: Path, flag: str = ..., mode: int = ..., *, codec: Literal["str"],
+         **options: Unpack[_Options]) -> Store[str]: ...
+@overload
+def open(path: Path, flag: str = ..., mode: int = ..., *, codec: str | Codec | None,
+         **options: Unpack[_Options]) -> Store[Any]: ...
+@overload
+def open(path: Path, flag: str = ..., mode: int = ..., *, codec: SupportsCodec[V],
+         **options: Unpack[_Options]) -> Store[V]: ...
+
+
 def open(path: Path, flag: str = "c", mode: int = 0o666, *, sync: Sync = "os", segment_size: int = 256 << 20,
-         timeout: float = 0) -> Store:
+         timeout: float = 0, codec: Any = None) -> Store[Any]:
     """Opens a store and returns a mapping of bytes to bytes.
 
     path: its directory.
@@ -368,10 +470,14 @@ def open(path: Path, flag: str = "c", mode: int = 0o666, *, sync: Sync = "os", s
         more.  Seconds: loss of power, except for at most the last so many seconds.  "always": loss of power; every
         write waits for the device.
     segment_size: bytes of a file of the log, from 64 KiB to 1 GiB.
-    timeout: seconds to wait while another process writes.
+    timeout: seconds to wait while another process writes; who waits first is served first.
+    codec: what the values are, if not bytes: "str", "json", "pickle" (never for a store of somebody you do not trust:
+        unpickling runs what the store says), or an object with `encode(value) -> bytes | str` and
+        `decode(bytes) -> value`.  Its name is kept in the store, which is not opened with another one.
 
     Raises NotFoundError, FormatError (something else is there, or a newer format), LockedError (another writer),
-    CorruptionError, Error (an OSError: rights, a full disk), ValueError and TypeError for the arguments.
+    CorruptionError, Error (an OSError: rights, a full disk), ValueError (among others: the store has another codec) and
+    TypeError for the arguments.
 
     O(1) after a clean close and after the death of a writer.  After a power cut the index is rebuilt: some 100 ns a record.
 
@@ -382,7 +488,7 @@ def open(path: Path, flag: str = "c", mode: int = 0o666, *, sync: Sync = "os", s
     b'4411.99'
     >>> db.close()
     """
-    return Store(path, flag, mode, sync=sync, segment_size=segment_size, timeout=timeout)
+    return Store(path, flag, mode, sync=sync, segment_size=segment_size, timeout=timeout, codec=codec)
 
 
 __all__ = ["Reader", "Store", "Writer", "open"]

@@ -224,23 +224,27 @@ class Writing(Opening):
 
     # -- emptying ---------------------------------------------------------------------------------------
 
-    def clear(self) -> None:
-        """Empties the store at once: one synced MANIFEST names a new segment alone, then an empty index follows."""
+    def clear(self, codec: str | None) -> None:
+        """Empties the store at once: one synced MANIFEST names a new segment alone, then an empty index follows.
+
+        What comes is encoded with `codec`.
+        """
         with self._seal_lock, self._sync_lock, self._lock, \
                 files.full_disk_is_an_error(self.directory.path, "empty the store"):
             self._check_open()
             self.log.pause(True)            # puts take no lock: they wait here
             try:
-                self._begin_anew()
+                self._begin_anew(codec)
             finally:
                 self.log.pause(False)
 
-    def _begin_anew(self) -> None:
+    def _begin_anew(self, codec: str | None) -> None:
         """What can fail comes before the MANIFEST; where something fails behind it, writing ends."""
         version = max(self.log.state["version"] + 1, manifest.now())
         new = self.manifest.copy()
         new.segments.clear()
         new.epoch += 1
+        new.codec = codec
         segment = new.add_segment(self.options.segment_size)
         number, end = self.log.position
         records = _core.encode_link(number, end, version - 1, segment.salt)
@@ -268,6 +272,7 @@ class Writing(Opening):
                 self.log.settle_state(segment.number, START + len(records), version, len(records))
             self.log.pause(True)
             self._epoch = new.epoch
+            self.codec = codec
             self._vouch_index(_core.index_nonce(self.log))
             self.log.note_durable(segment.number, START + len(records))
             self._synced_version = version

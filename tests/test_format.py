@@ -466,7 +466,7 @@ def newer_hash(path: Path) -> None:
 
 
 def newer_options(path: Path) -> None:
-    (path / "MANIFEST").write_bytes(baseline.encode_manifest(read_manifest(path) | {"options": {"codec": "newer"}}))
+    (path / "MANIFEST").write_bytes(baseline.encode_manifest(read_manifest(path) | {"options": {"shape": "newer"}}))
 
 
 def newer_segment(path: Path) -> None:

@@ -1,0 +1,119 @@
+"""Live views of a store's keys, values and pairs, with the set operations that a dict's views have.
+
+In them as in the store a str stands for its bytes in UTF-8: `db.keys() & {"btc"}` is `{b"btc"}` or empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Set, ValuesView
+from typing import Any, TypeVar
+
+V = TypeVar("V")
+_MISSING = object()
+
+
+def as_bytes(thing: object) -> object:
+    """A str in UTF-8, anything else as it is."""
+    return thing.encode() if isinstance(thing, str) else thing
+
+
+class _View:
+    _mapping: Any
+    _what: int                      # of `_iterate`: 0 keys, 1 values, 2 pairs
+
+    def __iter__(self) -> Iterator[Any]:
+        iterator: Iterator[Any] = self._mapping._iterate(self._what)
+        return iterator
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__.lower()} of {self._mapping!r}>"
+
+
+class _SetView(_View, Set[Any]):
+    """A set's operations, with the other side's elements as the store would hold them."""
+
+    @classmethod
+    def _from_iterable(cls, elements: Iterable[Any]) -> Any:
+        return set(elements)
+
+    def _as_stored(self, element: Any) -> Any:
+        raise NotImplementedError
+
+    def _operand(self, other: Any) -> Any:
+        if isinstance(other, _View) or not isinstance(other, Iterable):
+            return other
+        return {self._as_stored(element) for element in other}
+
+    def isdisjoint(self, other: Iterable[Any]) -> bool:
+        return super().isdisjoint(self._operand(other))
+
+    def __and__(self, other: Any) -> Any:
+        return super().__and__(self._operand(other))
+
+    def __or__(self, other: Any) -> Any:
+        return super().__or__(self._operand(other))
+
+    def __sub__(self, other: Any) -> Any:
+        return super().__sub__(self._operand(other))
+
+    def __xor__(self, other: Any) -> Any:
+        return super().__xor__(self._operand(other))
+
+    __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
+
+    def __rsub__(self, other: Any) -> Any:
+        if not isinstance(other, Iterable):
+            return NotImplemented
+        return {element for element in self._operand(other) if element not in self}
+
+    def __eq__(self, other: Any) -> Any:
+        return super().__eq__(self._operand(other) if isinstance(other, Set) else other)
+
+    def __le__(self, other: Any) -> Any:
+        return super().__le__(self._operand(other) if isinstance(other, Set) else other)
+
+    def __lt__(self, other: Any) -> Any:
+        return super().__lt__(self._operand(other) if isinstance(other, Set) else other)
+
+    def __ge__(self, other: Any) -> Any:
+        return super().__ge__(self._operand(other) if isinstance(other, Set) else other)
+
+    def __gt__(self, other: Any) -> Any:
+        return super().__gt__(self._operand(other) if isinstance(other, Set) else other)
+
+    __hash__ = None         # type: ignore[assignment]
+
+
+class Keys(_SetView, KeysView[bytes]):
+    """The keys, in no particular order."""
+
+    _what = 0
+
+    def _as_stored(self, element: Any) -> Any:
+        return as_bytes(element)
+
+
+class Values(_View, ValuesView[V]):
+    """The values."""
+
+    _what = 1
+
+    def __contains__(self, value: object) -> bool:
+        wanted = self._mapping._as_stored(value)
+        return any(stored == wanted for stored in self)
+
+
+class Items(_SetView, ItemsView[bytes, V]):
+    """The pairs."""
+
+    _what = 2
+
+    def _as_stored(self, element: Any) -> Any:
+        if not isinstance(element, tuple) or len(element) != 2:
+            return element
+        return as_bytes(element[0]), self._mapping._as_stored(element[1])
+
+    def __contains__(self, item: object) -> bool:
+        if not isinstance(item, tuple) or len(item) != 2:
+            return False
+        return bool(self._mapping.get(item[0], _MISSING) == self._mapping._as_stored(item[1]))

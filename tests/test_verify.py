@@ -1,0 +1,170 @@
+"""Verification reports what is damaged, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+import logkv
+
+SEGMENT = 65_536
+
+
+@pytest.fixture
+def sealed(path: str) -> str:
+    """A closed store of several segments, with overwrites and deletes."""
+    with logkv.open(path, segment_size=SEGMENT) as db:
+        for number in range(3000):
+            db[f"key {number % 1500}"] = b"v" * (number % 150)
+        for number in range(0, 1500, 7):
+            del db[f"key {number}"]
+        db["large"] = bytes(range(256)) * 100
+    return path
+
+
+def change(file: Path, offset: int, data: bytes = b"\xff\0\xff") -> None:
+    with open(file, "r+b") as opened:
+        opened.seek(offset)
+        opened.write(data)
+
+
+def segments(path: str) -> list[Path]:
+    return sorted(Path(path).glob("*.seg"))
+
+
+def test_a_whole_store_is_whole(sealed: str) -> None:
+    steps: list[tuple[int, int]] = []
+    report = logkv.verify(sealed, progress=lambda done, total: steps.append((done, total)))
+    with logkv.Reader(sealed) as reader:
+        stats = reader.stats()
+        assert report.ok and not report.problems and not report.notes
+        assert report.keys == len(reader) == stats["keys"]
+        assert report.segments == len(stats["segments"]) > 3 and report.bytes == stats["log_bytes"]
+        assert report.records >= 3000 + 215 + 1
+    assert steps[0] == (0, report.bytes) and steps[-1] == (report.bytes, report.bytes) and steps == sorted(steps)
+
+
+def test_an_open_store_a_killed_one_and_one_without_an_index(sealed: str) -> None:
+    with logkv.open(sealed) as db, logkv.Reader(sealed) as reader:
+        db["more"] = "1"
+        assert db.verify().ok and reader.verify().ok and reader.verify().keys == len(db)
+        assert not logkv.verify(sealed).notes
+    os.unlink(os.path.join(sealed, "index"))
+    report = logkv.verify(sealed)
+    assert report.ok and report.keys > 1000 and "index is not in use" in report.notes[0]
+    assert logkv.verify(sealed).notes == report.notes       # it changes nothing
+
+
+@pytest.mark.parametrize("place", ["key", "value", "footer", "large value", "header", "cut", "missing", "index", "control",
+                                   "MANIFEST"])
+def test_damage_is_found_where_it_is(sealed: str, place: str) -> None:
+    first, second = segments(sealed)[:2]
+    with logkv.Reader(sealed) as reader:
+        shown = {s["number"]: s for s in reader.stats()["segments"]}
+        data = first.read_bytes()
+    where, offset = first.name, None
+    if place == "key":
+        offset = data.index(b"key 10") - 20
+        change(first, offset + 20)
+    elif place == "value":
+        offset = data.index(b"key 149") - 20
+        change(first, offset + 30)
+    elif place == "footer":
+        change(first, first.stat().st_size - 40)
+    elif place == "large value":
+        last = segments(sealed)[-2 if not shown[len(shown)]["allocated"] else -1]
+        where, at = last.name, last.read_bytes().index(b"large" + bytes(range(256)))
+        change(last, at + 9000)
+    elif place == "header":
+        offset = 0
+        change(first, 8)
+    elif place == "cut":
+        os.truncate(first, 30_000)
+    elif place == "missing":
+        os.unlink(second)
+        where = second.name
+    else:
+        where = place
+        for at in range(8192, os.path.getsize(Path(sealed, place)), 8) if place == "index" else [1024]:
+            change(Path(sealed, place), at)
+    report = logkv.verify(sealed)
+    assert not report.ok
+    problem = report.problems[0]
+    assert problem.file == where and where in str(problem) and "\n" not in str(problem)
+    if offset is not None:
+        assert problem.offset == offset
+    assert problem.expected != problem.found or problem.expected is None
+
+
+def test_every_damaged_place_is_listed_and_what_is_between_is_counted(sealed: str) -> None:
+    whole = logkv.verify(sealed).records
+    first = segments(sealed)[0]
+    data = first.read_bytes()
+    offsets = [data.index(b"key %d" % number) - 20 for number in (20, 100, 101)]
+    for offset in offsets:
+        change(first, offset + 22)
+    report = logkv.verify(sealed)
+    places = [problem.offset for problem in report.problems if problem.file == first.name]
+    assert places == [offsets[0], offsets[1]]       # the last two stand side by side
+    assert report.records == whole - 3
+
+
+def test_an_index_that_leads_to_an_older_record(sealed: str) -> None:
+    with logkv.open(sealed, segment_size=SEGMENT) as db:
+        assert db.verify().ok
+        index = Path(sealed, "index")
+        before = index.read_bytes()
+        db["key 1"] = "something else"
+        after = index.read_bytes()
+        position = next(at for at in range(8192, len(before), 8) if before[at:at + 5] != after[at:at + 5]
+                        and before[at + 5:at + 8] == after[at + 5:at + 8] != bytes(3))      # another location, the same tag
+        change(index, position, before[position:position + 8])      # the entry leads to the older record again
+        report = db.verify()
+        assert {problem.file for problem in report.problems} == {"index"}
+        assert any("newest" in str(problem) for problem in report.problems)
+        db["key 1"] = "repaired by the next write"
+        assert db.verify().ok
+
+
+def test_while_a_writer_is_at_work(path: str) -> None:
+    done = threading.Event()
+
+    def write() -> None:
+        with logkv.open(path, segment_size=SEGMENT) as db:
+            turn = 0
+            while not done.is_set():
+                turn += 1
+                for number in range(500):
+                    db[f"{number}"] = b"x" * (turn % 300)
+                if turn % 40 == 0:
+                    db.clear()
+
+    logkv.open(path, segment_size=SEGMENT).close()
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(30):
+            report = logkv.verify(path)
+            assert report.ok, [str(problem) for problem in report.problems]
+    finally:
+        done.set()
+        writer.join()
+
+
+def test_strays_are_noted(sealed: str) -> None:
+    Path(sealed, "notes.txt").write_text("mine")
+    Path(sealed, "0000009999.seg").write_bytes(b"")
+    report = logkv.verify(sealed)
+    assert report.ok and len(report.notes) == 2 and "notes.txt" in " ".join(report.notes)
+
+
+def test_what_is_no_store_raises(tmp_path: Path) -> None:
+    with pytest.raises(logkv.NotFoundError):
+        logkv.verify(tmp_path / "none")
+    Path(tmp_path, "file").write_text("x")
+    for path in (tmp_path, tmp_path / "file"):
+        with pytest.raises(logkv.FormatError):
+            logkv.verify(path)
