@@ -661,19 +661,28 @@ def index_nonce(Log log) -> int:
     return log.index.header.nonce
 
 
-def index_facts(Log log) -> dict:
-    """Pages and bytes of the index, its shards, slots and slots in use."""
-    cdef uint64_t word, i, entry, last = 0, shards = 0, slots = 0, used = 0
-    cdef uint64_t *directory
+def index_bytes(Log log) -> int:
+    """Bytes of the index that this process knows of."""
     log.check_open()
-    word = log.index.header.directory
-    directory = <uint64_t *> (log.index.base + DIRECTORY_PAGE(word) * PAGE_BYTES)
-    for i in range(<uint64_t> 1 << DIRECTORY_DEPTH(word)):
-        entry = directory[i]
-        if entry != last:
-            shards += 1
-            slots += SHARD_BUCKETS[ENTRY_CLASS(entry)] * BUCKET_SLOTS
-            used += (<shard_header *> (log.index.base + ENTRY_PAGE(entry) * PAGE_BYTES)).used
-        last = entry
+    return log.index.pages * PAGE_BYTES
+
+
+def index_facts(Log log) -> dict:
+    """Bytes of the index, its shards, slots and slots in use."""
+    cdef uint64_t word, entry, h = 0, after = 0, shards = 0, slots = 0, used = 0
+    cdef unsigned depth = 0
+    cdef int status
+    log.check_open()
+    while not after >> depth:
+        h = after << (64 - depth) if depth else 0
+        status = find_entry(log, h, &word, &entry)
+        if status < 0 and status != UNCHECKED:      # a number that is wrong harms nobody
+            settle(log, status)
+            continue
+        depth = ENTRY_DEPTH(entry)
+        after = (h >> (64 - depth)) + 1 if depth else 1
+        shards += 1
+        slots += SHARD_BUCKETS[ENTRY_CLASS(entry)] * BUCKET_SLOTS
+        used += (<shard_header *> (log.index.base + ENTRY_PAGE(entry) * PAGE_BYTES)).used
     return {"bytes": log.index.pages * PAGE_BYTES, "shards": shards, "slots": slots, "used": used,
             "private": bool(log.index.private)}

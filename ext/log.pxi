@@ -39,7 +39,7 @@ cdef class Log:
 
     `owner` is asked for what needs a path: `_map_location(location) -> bool`, `_index_changed()`,
     `_index_grew() -> bool`, `_index_pages(pages)`, `_index_damaged(why)`, `_make_room(bytes)`, `_sync_to(version)`,
-    `_flush_later()`, `_await_turn()`, `_segment_of(location)`.
+    `_flush_later()`, `_await_turn()`, `_place_of(location)`.
     """
     cdef:
         readonly object owner
@@ -469,19 +469,20 @@ cdef int ask_owner(Log log, owner, int *code, uint64_t location) except -1:
     elif status == NO_MEMORY:
         raise MemoryError()
     elif status == NOT_A_PUT:
-        number, offset = owner._segment_of(location)
-        raise CorruptionError("the index points at a record that is not a put", segment=number, offset=offset,
+        path, number, offset = owner._place_of(location)
+        raise CorruptionError("the index points at a record that is not a put", path=path, segment=number, offset=offset,
                               expected="a put", found="another kind")
     return 0
 
 
 cdef int raise_damage(Log log, uint64_t location) except -1:
-    number, offset = log.owner._segment_of(location)
+    path, number, offset = log.owner._place_of(location)
     reason = SCAN_REASONS.get(log.trouble_status, "unreadable")
     if log.trouble_status in (RECORD_BAD_CRC, RECORD_BAD_VALUE):
         expected, found = f"crc32c {log.trouble_expected:08x}", f"{log.trouble_found:08x}"
     elif log.trouble_status == RECORD_UNKNOWN:
-        raise FormatError(f"segment {number} has a record at {offset} of a kind that only newer versions of LogKV know")
+        raise FormatError(f"{path} has a record at {offset} of a kind that only newer versions of LogKV know")
     else:
         expected, found = "a record", {"end": "zeros", "truncated": "less than a record"}.get(reason, reason)
-    raise CorruptionError(f"record damaged ({reason})", segment=number, offset=offset, expected=expected, found=found)
+    raise CorruptionError(f"record damaged ({reason})", path=path, segment=number, offset=offset, expected=expected,
+                          found=found)

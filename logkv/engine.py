@@ -213,11 +213,13 @@ class Engine:
     def path_of(self, name: str) -> str:
         return os.path.join(self.directory.path, name)
 
-    def _segment_of(self, location: int) -> tuple[int | None, int]:
+    def _place_of(self, location: int) -> tuple[str | None, int | None, int]:
+        """Path and number of the segment that a location lies in, and the offset there."""
         segment = self.manifest.segment_at(location >> _core.CHUNK_UNITS)
         if segment is None:
-            return None, location << 3
-        return segment.number, (location - (segment.chunk << _core.CHUNK_UNITS)) << 3
+            return None, None, location << 3
+        offset = (location - (segment.chunk << _core.CHUNK_UNITS)) << 3
+        return self.path_of(segment.name), segment.number, offset
 
     def _map_location(self, location: int) -> bool:
         """Maps the segment of a location, or more of it; False if there is no more."""
@@ -251,7 +253,7 @@ class Engine:
 
     def _index_grew(self) -> bool:
         """Maps pages of the index that were added; False if there are none."""
-        before = _core.index_facts(self.log)["bytes"]
+        before = _core.index_bytes(self.log)
         try:
             fd = self.directory.open(files.INDEX)
         except OSError:

@@ -30,6 +30,9 @@ class Options:
     codec: str | None = field(default=None, compare=False)      # of a new store; an existing one has its own
     background: bool = True                 # sealing and flushing on a thread of their own
 
+    def __str__(self) -> str:
+        return f"sync={self.sync!r} and segment_size={self.segment_size:,}"
+
     def __post_init__(self) -> None:
         if isinstance(self.sync, str):
             if self.sync not in ("os", "always"):

@@ -271,9 +271,9 @@ class _Verification:
                       ("lacks the newest record of a key", sorted(want - have))]
         for what, locations in wrong:
             if locations:
-                number, offset = engine._segment_of(locations[0])
+                path, _, offset = engine._place_of(locations[0])
                 self.report.problems.append(Problem(f"the index {what} ({len(locations)} times; the first is at offset "
-                                                    f"{offset} of segment {number})", files.INDEX))
+                                                    f"{offset} of {path})", files.INDEX))
         if len(entries) != self.report.keys:
             self.report.problems.append(Problem("the number of keys is wrong", files.INDEX, None, f"{len(entries)} keys",
                                                 str(self.report.keys)))

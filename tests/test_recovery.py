@@ -278,6 +278,24 @@ def test_growth_of_the_index(path: str, keys: int) -> None:
         assert len(db) == keys - len(gone) and len(set(db)) == len(db)
 
 
+def test_an_idle_reader_of_an_index_that_outgrows_its_mapping(quick_dir: Path, in_child: RunInChild) -> None:
+    """A reader maps an index with room to grow; one that grows beyond that while the reader looks away is mapped anew."""
+    path = str(quick_dir / "prices.db")
+    logkv.open(path).close()
+
+    def fill() -> None:
+        with logkv.Writer(path) as writer:
+            for number in range(5_500_000):
+                writer.put(b"%x" % number, b"")
+            assert writer.stats()["index_bytes"] > 64 << 20
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with logkv.Reader(path) as idle, logkv.Reader(path) as counting:
+        assert in_child(fill) == -signal.SIGKILL
+        assert idle.get("12345") == b"" and len(idle) == 5_500_000
+        assert counting.stats()["index"]["used"] == 5_500_000
+
+
 def test_deleted_slots_are_reused(path: str) -> None:
     """A queue: always new keys, always few alive.  The index must not grow without end."""
     with logkv.open(path) as db:
