@@ -8,19 +8,19 @@ SECONDS ?= 60
 
 .PHONY: demo test bench bench-compare proof market annotate dist clean
 
-demo: $(VENV)/installed			## a writer, two readers, a kill, a recovery
+demo: $(VENV)/installed			## live prices from a writer and two readers, a kill, a recovery, a report
 	$(RUN) -m logkv demo
 
 test: $(VENV)/tools			## types, stubs, tests
 	$(RUN) -m mypy
-	$(RUN) -m mypy.stubtest logkv
+	$(RUN) -m mypy.stubtest logkv._core
 	$(RUN) -m pytest
 
-bench: $(VENV)/tools			## beside the dict and the pure-Python baseline; one interleaved run
-	$(RUN) -m benchmarks --markdown build/benchmarks.md --json build/benchmarks.json
+bench: $(VENV)/bench			## beside the dict and the pure-Python baseline: page and charts; ARGS="--keys 100000"
+	$(RUN) -m benchmarks --json build/benchmarks.json --markdown docs/benchmarks/README.md --chart docs/benchmarks $(ARGS)
 
-bench-compare: $(VENV)/tools		## pytest-benchmark against the last saved run
-	$(RUN) -m pytest benchmarks --benchmark-enable --benchmark-only --benchmark-autosave --benchmark-compare
+bench-compare: $(VENV)/bench		## pytest-benchmark against the last saved run; ARGS="--shapes 8+20"
+	$(RUN) -m pytest benchmarks --benchmark-enable --benchmark-only --benchmark-autosave --benchmark-compare $(ARGS)
 
 proof: $(VENV)/tools			## crash states, kills, flipped bits, stress: SECONDS=60 each
 	$(RUN) -m tests.proof --seconds $(SECONDS)
@@ -40,11 +40,15 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --editable .
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[cli]'
 	touch $@
 
 $(VENV)/tools: $(VENV)/installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+$(VENV)/bench: $(VENV)/tools
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	touch $@
 
 clean:

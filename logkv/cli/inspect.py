@@ -1,0 +1,115 @@
+"""`logkv stats` and `verify`: what a store holds, and whether it is whole."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+import logkv
+from logkv import files
+from logkv.cli import Commands
+from logkv.cli.terminal import bar, counted, emit, progress, size, table
+
+SEGMENTS = 20       # that are drawn, the newest
+
+
+def _writer(path: str) -> str | None:
+    """The pid of the process that has the store open for writing."""
+    directory = files.Directory(path)
+    try:
+        fd = directory.open(files.LOCK)
+        try:
+            return files.read_at(fd, 32, 0).decode().strip() or "unknown" if files.is_locked(fd) else None
+        finally:
+            os.close(fd)
+    except FileNotFoundError:
+        return None
+    finally:
+        directory.close()
+
+
+def _facts(path: str) -> dict[str, Any]:
+    """`stats()`, each segment's state, and who writes."""
+    with logkv.Reader(path, codec="bytes") as reader:
+        active = reader._open_engine().log.restore_state()[0]
+        facts = reader.stats()
+    for segment in facts["segments"]:
+        segment["state"] = ("sealed" if segment["sealed"] else "full" if segment["number"] < active
+                            else "active" if segment["number"] == active else "next")
+    writer = _writer(path)
+    return facts | {"writer": int(writer) if writer and writer.isdigit() else writer}
+
+
+def _share(part: int, whole: int) -> str:
+    share = part / whole if whole else 0.0
+    return f"{bar(share)} {share:4.0%}"
+
+
+def _show_stats(facts: dict[str, Any]) -> None:
+    live, dead, keys, index = (facts[name] for name in ("live_bytes", "dead_bytes", "keys", "index_bytes"))
+    cuts, version, writer = len(facts["cuts"]), facts["last_version"], facts["writer"]
+    written = datetime.fromtimestamp(version / 1e9).astimezone().isoformat(" ", "seconds") if version else "never"
+    table(["", "", ""], [
+        ("keys", f"{keys:,}", ""),
+        ("values", facts["codec"] or "bytes", ""),
+        ("alive", size(live), _share(live, live + dead)),
+        ("dead", size(dead), _share(dead, live + dead)),
+        ("index", size(index), f"{index / keys:,.1f} bytes a key" if keys else ""),
+        ("torn tails cut", f"{cuts:,}", size(facts["cut_bytes"]) if cuts else ""),
+        ("last write", written, ""),
+        ("generation", f"{facts['generation']:,}", ""),
+        ("writer", "none" if writer is None else f"pid {writer}", ""),
+    ], title=facts["path"])
+    segments = facts["segments"]
+    whole = sum(segment["bytes"] for segment in segments)
+    older = segments[:-SEGMENTS]
+    rows = [(f"{len(older):,} older", "sealed", part := sum(segment["bytes"] for segment in older),
+             _share(part, whole))] if older else []
+    rows += [(str(segment["number"]), segment["state"], segment["bytes"], _share(segment["bytes"], whole))
+             for segment in segments[-SEGMENTS:]]
+    print()
+    table(["segment", "state", "bytes", "share"], rows)
+
+
+def _stats(arguments: argparse.Namespace) -> int:
+    facts = _facts(arguments.store)
+    if arguments.json:
+        emit(facts)
+    else:
+        _show_stats(facts)
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    with progress("verify", unit="bytes") as update:
+        report = logkv.verify(arguments.store, progress=update)
+    if arguments.json:
+        emit({"ok": report.ok} | asdict(report))
+        return 0 if report.ok else 1
+    for problem in report.problems:
+        print(problem)
+    for note in report.notes:
+        print(f"note: {note}")
+    checked = ", ".join([counted(report.keys, "key"), counted(report.records, "record"),
+                         counted(report.segments, "segment"), size(report.bytes)])
+    if report.ok:
+        print(f"{report.path} is whole: {checked}")
+        return 0
+    print(f"{report.path} is damaged: {counted(len(report.problems), 'problem')} in {checked}. What is not damaged can "
+          "still be read; for the rest, take the named files from a backup.")
+    return 1
+
+
+def register(commands: Commands) -> None:
+    stats = commands.add("stats", _stats, "show what a store holds and what it takes",
+                         "Shows keys, bytes alive and dead, the index, torn tails that were cut off after a crash, who "
+                         "writes, and the segments of the log. The store may be in use.", "logkv stats prices.db")
+    verify = commands.add("verify", _verify, "check every byte of a store",
+                          "Reads the whole store and compares every checksum, also where it does not open, or is in "
+                          "use. Changes nothing. The status is 1 if something is damaged.", "logkv verify prices.db")
+    for parser in (stats, verify):
+        parser.add_argument("store", metavar="STORE", help="the store's directory")
+        parser.add_argument("--json", action="store_true", help="print a JSON object")
