@@ -1,43 +1,30 @@
-"""`python -m benchmarks`: one interleaved run, as a table with the targets that it meets and misses."""
+"""LogKV beside the built-in dict and a pure-Python store of the same format: one interleaved run.
+
+Prints the tables, with the targets that are met and missed; writes them, every sample and the charts where asked.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
-from typing import Any
 
-from benchmarks import workloads
-from benchmarks.workloads import ENGINES, OPENINGS, WORKLOADS
+import logkv
+from benchmarks import report, workloads
+from benchmarks.results import Measured, Run
+from benchmarks.terminal import positive, progress
+from benchmarks.workloads import OPENINGS, SHAPES, WORKLOADS, Shape, Tell, engine_named, engines_of
 
-OPENS = 15
-SMALL_STORE = 1_000
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A number that LogKV is to reach, and the one that was found."""
-
-    what: str
-    found: float
-    bound: float
-    at_least: bool = False
-
-    @property
-    def met(self) -> bool:
-        """Whether it was reached."""
-        return self.found >= self.bound if self.at_least else self.found <= self.bound
-
-    def row(self) -> list[str]:
-        """Its line in the table."""
-        sign = "≥" if self.at_least else "≤"
-        return [self.what, f"{self.found:,.2f}", f"{sign} {self.bound:,g}", "met" if self.met else "**missed**"]
+SIZES = [1_000, 10_000, 100_000]  # of stores that are opened, beside one of all keys
+OPENS = [("logkv", False, 15), ("logkv", True, 15), ("baseline", False, 5)]  # after a kill? how many times?
+# What is measured apart from the rounds: opening in fresh processes, bytes on the device.
+APART = ["opening", "space"]
+NAMES = WORKLOADS + OPENINGS + APART
 
 
 def machine() -> str:
@@ -48,134 +35,101 @@ def machine() -> str:
     except (OSError, StopIteration):
         cpu = platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0))
-    return f"{cpu}, {cores} cores, {platform.system()} {platform.release()}, Python {platform.python_version()}"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    system = f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
+    return f"{cpu}, {cores} cores, {memory:.0f} GiB of memory, {system}"
 
 
-def method(keys: int, rounds: int) -> str:
-    """How it was measured: the list of the workloads' docstring."""
-    text = (workloads.__doc__ or "").partition("\n- n random")[2]
-    return f"- {keys:,} random{text}".replace("medians of the rounds", f"medians of {rounds} rounds")
+def openings(shape: Shape, keys: int, directory: Path, tell: Tell) -> list[workloads.Opened]:
+    """Opening of LogKV's stores after a clean close and after a kill, and of the baseline's."""
+    sizes = [size for size in SIZES if size < keys] + [keys]
+    found = []
+    for name, killed, times in OPENS:
+        tell(f"{shape.name}: opening, {name}, after a {'kill' if killed else 'clean close'}", keys)
+        found += workloads.opening(engine_named(name), shape, sizes, directory, killed, times)
+    return found
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown, padded to be read as it is."""
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-
-    def line(cells: list[str]) -> str:
-        padded = [cell.rjust(width) if at else cell.ljust(width) for at, (cell, width) in enumerate(zip(cells, widths))]
-        return f"| {' | '.join(padded)} |"
-
-    rule = [("-" * (width - 1) + ":") if at else "-" * width for at, width in enumerate(widths)]
-    return "\n".join([line(head), line(rule), *map(line, rows)])
-
-
-def number(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}" if value >= 10 else f"{value:.2f}"
-
-
-def run(keys: int, rounds: int, directory: Path) -> dict[str, Any]:
-    """Everything that is measured."""
-
-    def say(what: str) -> None:
-        if sys.stderr.isatty():
-            print(what, end="\033[K\r", file=sys.stderr, flush=True)
-
-    (engine,) = (engine for engine in ENGINES if engine.name == "logkv")
-    opened = {}
-    for state in ("clean", "killed"):  # first, while this process is small: the children are forks of it
-        say(f"opening {keys:,} and {SMALL_STORE:,} keys, {state}")
-        opened[state] = workloads.opening(engine, directory, [SMALL_STORE, keys], state == "killed", OPENS)
-    return {
-        "machine": machine(),
-        "keys": keys,
-        "rounds": rounds,
-        "opened": opened,
-        "one_key": workloads.one_key(directory),
-        "index_bytes": workloads.index_bytes(directory, keys),
-        "samples": workloads.measure(directory, keys, rounds, say),
-    }
+def measure(
+    shapes: Sequence[Shape], keys: int, names: Sequence[str], rounds: int, seed: int, directory: Path
+) -> Run:
+    """Everything that is named."""
+    keys_of = {shape: shape.keys_of(keys) for shape in shapes}
+    timed = [name for name in names if name not in APART]
+    steps = rounds * sum(len(engines_of(name)) for name in timed) + ("space" in names)
+    steps += len(OPENS) * ("opening" in names)
+    opened: dict[Shape, list[workloads.Opened]] = {}
+    found = []
+    with progress(sum(keys_of.values()) * steps) as tell:
+        if "opening" in names:  # first, while this process is small: the children are forks of it
+            opened = {shape: openings(shape, count, directory, tell) for shape, count in keys_of.items()}
+        for shape, count in keys_of.items():
+            index_bytes = None
+            if "space" in names:
+                tell(f"{shape.name}: size of the index", count)
+                index_bytes = workloads.index_bytes(shape, count, directory)
+            samples = workloads.measure(shape, count, timed, directory, rounds, seed, tell)
+            found.append(Measured(shape.name, count, samples, opened.get(shape, []), index_bytes))
+    one_key = workloads.one_key(directory) if "space" in names else None
+    return Run(machine(), logkv.__version__, rounds, seed, one_key, found)
 
 
-def ratio(ones: list[float], others: list[float]) -> float:
-    """The median of the ratios within a round: a busy round then stands against itself."""
-    return median(one / other for one, other in zip(ones, others, strict=True))
-
-
-def targets(results: dict[str, Any]) -> list[Target]:
-    """What is asked of LogKV, beside what was found."""
-
-    def of(workload: str, one: str, other: str) -> float:
-        samples = results["samples"][workload]
-        return ratio(samples[one], samples[other])
-
-    def growth(state: str) -> float:
-        return ratio(results["opened"][state][results["keys"]], results["opened"][state][SMALL_STORE])
-
-    keys = f"{results['keys']:,}"
-    return [
-        Target("random get, of dict", of("get", "logkv", "dict"), 0.7),
-        Target("fill, of dict", of("fill", "logkv", "dict"), 1.2),
-        Target("miss, of dict", of("miss", "logkv", "dict"), 1),
-        Target("items, of dict", of("items", "logkv", "dict"), 2.5),
-        Target("random get, times as fast as the baseline", of("get", "baseline", "logkv"), 5, at_least=True),
-        Target("recovery, times as fast as the baseline", of("recover", "baseline", "logkv"), 15, at_least=True),
-        Target(f"index, bytes a key at {keys} keys", results["index_bytes"], 12),
-        Target("a store of one short key, KiB on disk", results["one_key"] / 1024, 100),
-        Target(f"opening {keys} keys after a clean close, of {SMALL_STORE:,}", growth("clean"), 2.5),
-        Target(f"opening {keys} keys after a kill, of {SMALL_STORE:,}", growth("killed"), 2.5),
-    ]
-
-
-def report(results: dict[str, Any]) -> str:
-    """The run in Markdown; `results` also receives the medians and the targets."""
-    medians = {
-        workload: {engine: median(found) for engine, found in samples.items() if found}
-        for workload, samples in results["samples"].items()
-    }
-    names = [engine.name for engine in ENGINES]
-    rows = []
-    for workload in WORKLOADS + OPENINGS:
-        found, samples = medians[workload], results["samples"][workload]
-        whole = workload in ("reopen", "killed")  # µs of the call
-        cells = [number(found[name] / (1000 if whole else 1)) if name in found else "–" for name in names]
-        ratios = [
-            f"{ratio(samples[one], samples[other]):.2f}" if one in found and other in found and not whole else "–"
-            for one, other in (("logkv", "dict"), ("baseline", "logkv"))
-        ]
-        rows.append([f"{workload}, µs a call" if whole else workload, *cells, *ratios])
-    asked = targets(results)
-    results |= {"medians": medians, "targets": [asdict(target) | {"met": target.met} for target in asked]}
-    opened = [
-        [f"{state}, {size:,} keys", *(number(of(times) / 1000) for of in (median, min, max))]
-        for state, sizes in results["opened"].items()
-        for size, times in sizes.items()
-    ]
-    parts = [
-        f"Machine: {results['machine']}",
-        table([f"ns an operation, {results['keys']:,} keys", *names, "logkv/dict", "baseline/logkv"], rows),
-        method(results["keys"], results["rounds"]),
-        table([f"opening in a fresh process, {OPENS} times, µs", "median", "least", "most"], opened),
-        table(["target", "found", "bound", ""], [target.row() for target in asked]),
-    ]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    shares = ", ".join(f"{shape.name} gets {shape.share:g} of them" for shape in SHAPES.values() if shape.share != 1)
+    parser.add_argument("--shape", action="append", choices=SHAPES, help="bytes of a key + bytes of a value; "
+                        "may be repeated (default: all)")
+    parser.add_argument("--workload", action="append", choices=NAMES, metavar="NAME",
+                        help=f"may be repeated (default: all): {', '.join(NAMES)}")
+    parser.add_argument("--keys", type=positive, default=1_000_000,
+                        help=f"(default: 1,000,000; {shares}, and the baseline a tenth)")
+    parser.add_argument("--rounds", type=positive, default=3, help="(default: 3)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of the first round's data; the next round has the next one (default: 0)")
+    parser.add_argument("--dir", type=Path, metavar="DIR",
+                        help="where the stores are made (default: a temporary directory)")
+    parser.add_argument("--from", type=Path, metavar="FILE", dest="earlier",
+                        help="measure nothing, take the results of an earlier run that --json wrote")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample here")
+    parser.add_argument("--markdown", type=Path, metavar="FILE",
+                        help="write the tables here too, with the charts if they are drawn")
+    parser.add_argument("--chart", type=Path, metavar="DIR",
+                        help="draw the charts, as SVG and PNG, into this directory (needs matplotlib)")
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--keys", type=int, default=1_000_000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample here")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here too")
-    parser.add_argument("--dir", type=Path, metavar="DIR", help="where the stores are made (default: a temporary one)")
+    parser = _parser()
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="logkv-benchmarks-", dir=arguments.dir) as directory:
-        results = run(arguments.keys, arguments.rounds, Path(directory))
-    text = report(results)
-    print(text, end="")
-    if arguments.markdown:
-        arguments.markdown.write_text(text)
+    if arguments.chart and not find_spec("matplotlib"):
+        parser.error("--chart needs matplotlib: pip install 'logkv[bench]'")
+    if arguments.earlier:
+        try:
+            run = Run.load(arguments.earlier)
+        except (OSError, ValueError) as problem:
+            parser.error(f"--from: {problem}")
+    else:
+        shapes = [shape for name, shape in SHAPES.items() if name in (arguments.shape or SHAPES)]
+        names = [name for name in NAMES if name in (arguments.workload or NAMES)]
+        with tempfile.TemporaryDirectory(prefix="logkv-benchmarks-", dir=arguments.dir) as directory:
+            run = measure(shapes, arguments.keys, names, arguments.rounds, arguments.seed, Path(directory))
+    print(report.page(run), end="")
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        run.save(arguments.json)
+    drawn = False
+    if arguments.chart:
+        from benchmarks import charts
+
+        arguments.chart.mkdir(parents=True, exist_ok=True)
+        drawn = charts.draw(run, arguments.chart)
+        if not drawn:
+            print("No charts: they show `opening` and workloads of the dict.", file=sys.stderr)
+    if arguments.markdown:
+        arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
+        beside = os.path.relpath(arguments.chart, arguments.markdown.parent) if drawn else None
+        arguments.markdown.write_text(report.page(run, beside))
 
 
 if __name__ == "__main__":

@@ -3,29 +3,21 @@
     pytest benchmarks --benchmark-enable --benchmark-only --benchmark-autosave
     pytest benchmarks --benchmark-enable --benchmark-only --benchmark-compare --benchmark-compare-fail=median:20%
 
-LOGKV_BENCH_KEYS is the number of keys (20,000); the baseline gets a tenth of it. Ratios between engines at sizes
-that matter come from `python -m benchmarks`.
+`--keys 20000` is the number of keys, `--shapes 16+100 8+20 40+1000` are the shapes; as everywhere, large values and the
+baseline get a part of the keys. `-k` chooses workloads and engines: `-k "get and logkv"`. Ratios between engines at
+sizes that matter come from `python -m benchmarks`.
 """
 
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.workloads import ENGINES, OPENINGS, WORKLOADS, Bench, Engine
-
-KEYS = int(os.environ.get("LOGKV_BENCH_KEYS", "20000"))
-CASES = [
-    pytest.param(workload, engine, id=f"{workload}-{engine.name}")
-    for workload in WORKLOADS + OPENINGS
-    for engine in ENGINES
-    if engine.stored or workload not in OPENINGS
-]
+from benchmarks.workloads import Bench, Engine, Shape
 
 
 @pytest.fixture
@@ -37,11 +29,13 @@ def uncollected() -> Iterator[None]:
     gc.enable()
 
 
-@pytest.mark.parametrize(("workload", "engine"), CASES)
 @pytest.mark.usefixtures("uncollected")
-def test_workload(benchmark: BenchmarkFixture, tmp_path: Path, workload: str, engine: Engine) -> None:
-    bench = Bench(engine, tmp_path, KEYS)
-    benchmark.group = workload
+def test_workload(
+    benchmark: BenchmarkFixture, pytestconfig: pytest.Config, tmp_path: Path,
+    shape: Shape, workload: str, engine: Engine,
+) -> None:
+    bench = Bench(engine, shape, tmp_path, shape.keys_of(pytestconfig.getoption("--keys")))
+    benchmark.group = f"{shape.name} {workload}"
     benchmark.extra_info["keys"] = bench.keys
 
     def setup() -> tuple[tuple[Callable[[], object]], dict[str, object]]:

@@ -1,13 +1,14 @@
-"""Named workloads, each the same for every engine, with the number of keys and the seed as parameters.
+"""Named workloads, each the same for every engine, with the shape, the number of keys and the seed as parameters.
 
 How they are measured, here and in `python -m benchmarks`:
 
-- n random keys of 16 bytes with random values of 100 bytes. The pairs are shuffled before the fill, so that their
-  order has nothing to do with where their objects lie in memory.
+- Random keys, none twice, with random values. The pairs are shuffled before the fill, so that their order has nothing
+  to do with where their objects lie in memory.
 - Keys that are looked up are other objects than those stored: equal bytes, made anew for every run in the order of
   the loop, as when they come from a request or a file. So no hash is there already and no comparison is one of
   addresses.
 - Plain `for` loops over the mapping. LogKV and the baseline verify a record's checksum at every get.
+- A dict keeps a reference to the value that it is given and returns it; a store copies its bytes, in and out.
 - Every round has a fresh store in a fresh directory, and the engines take turns at each workload within a round. What
   counts are the medians of the rounds, and for a ratio the median of the ratios within a round, so that a round on a
   busy machine does not stand against one on an idle machine. The garbage collector is off while a workload runs.
@@ -23,18 +24,41 @@ import shutil
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import logkv
 from benchmarks.baseline import BaselineStore
 
-KEY, VALUE = 16, 100
 Mapping = MutableMapping[bytes, bytes]
 Pair = tuple[bytes, bytes]
+Samples = dict[str, dict[str, list[float]]]  # of a workload and an engine, one of each round
+Tell = Callable[[str, int], None]  # what begins now, and for how many keys
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How many bytes a key and a value have. `share`: it gets so much of the keys."""
+
+    key: int
+    value: int
+    share: float = 1
+
+    @property
+    def name(self) -> str:
+        """As it is named on the command line."""
+        return f"{self.key}+{self.value}"
+
+    def keys_of(self, keys: int) -> int:
+        """Its share of the keys that were asked for."""
+        return max(1, round(keys * self.share))
+
+
+SHAPES = {shape.name: shape for shape in (Shape(16, 100), Shape(8, 20), Shape(40, 1000, share=0.2))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +77,11 @@ ENGINES = [
     Engine("baseline", lambda path: BaselineStore(path), share=0.1),
     Engine("baseline, unchecked", lambda path: BaselineStore(path, check=False), share=0.1),
 ]
+
+
+def engine_named(name: str) -> Engine:
+    """An engine of the table."""
+    return next(engine for engine in ENGINES if engine.name == name)
 
 
 # ---- the loops
@@ -89,17 +118,23 @@ WORKLOADS = ["fill", "get", "miss", "items", "overwrite", "delete"]
 # One call each: open a store that was filled, after a clean close, after a kill, and without its index. They come
 # last, because `killed` forks: a dict's pages would be copied at the first store into each.
 OPENINGS = ["reopen", "killed", "recover"]
+WHOLE = ["reopen", "killed"]  # whose time is that of the call, not of each key
+
+
+def engines_of(workload: str) -> list[Engine]:
+    """Those that have it."""
+    return [engine for engine in ENGINES if engine.stored or workload not in OPENINGS]
 
 
 class Bench:
     """One engine's store, and the data for it. Not made for two workloads at a time."""
 
-    def __init__(self, engine: Engine, directory: Path, keys: int, seed: int = 1) -> None:
-        self.engine, self.keys = engine, max(1, int(keys * engine.share))
+    def __init__(self, engine: Engine, shape: Shape, directory: Path, keys: int, seed: int = 1) -> None:
+        self.engine, self.shape, self.keys = engine, shape, max(1, round(keys * engine.share))
         self.path = directory / engine.name.replace(", ", "-")
         self._random = random.Random(seed)
         self._db: Mapping | None = None
-        self._known = b""  # the keys that were stored
+        self._known = self._absent = b""  # the keys that were stored, and as many that never are
 
     @property
     def db(self) -> Mapping:
@@ -123,8 +158,8 @@ class Bench:
         """Do what must come before a workload; return the call that is to be timed."""
         if workload == "fill":
             self.remove()
-            self._known = self._random.randbytes(KEY * self.keys)
-            pairs = list(zip(_slices(self._known, KEY), self._values(), strict=True))
+            self._draw_keys()
+            pairs = list(zip(self._slices(self._known), self._values(), strict=True))
             self._random.shuffle(pairs)
             return partial(store_pairs, self.db, pairs)
         if len(self.db) < self.keys:
@@ -132,7 +167,7 @@ class Bench:
         if workload == "get":
             return partial(get_keys, self.db, self._fresh())
         if workload == "miss":
-            return partial(miss_keys, self.db, _slices(self._random.randbytes(KEY * self.keys), KEY))
+            return partial(miss_keys, self.db, self._slices(self._absent))
         if workload == "items":
             return partial(walk_items, self.db)
         if workload == "overwrite":
@@ -146,14 +181,26 @@ class Bench:
             (self.path / "index").unlink(missing_ok=True)
         return lambda: self.db
 
+    def _draw_keys(self) -> None:
+        """Keys of which none is there twice, for short ones may well be drawn twice."""
+        drawn: dict[bytes, None] = {}
+        while (lacking := 2 * self.keys - len(drawn)) > 0:
+            drawn.update(dict.fromkeys(self._slices(self._random.randbytes(self.shape.key * lacking))))
+        keys = iter(drawn)
+        self._known, self._absent = b"".join(islice(keys, self.keys)), b"".join(keys)
+
     def _fresh(self) -> list[bytes]:
         """The stored keys in a random order, as new objects."""
-        order = list(range(0, len(self._known), KEY))
+        size = self.shape.key
+        order = list(range(0, len(self._known), size))
         self._random.shuffle(order)
-        return [self._known[at : at + KEY] for at in order]
+        return [self._known[at : at + size] for at in order]
 
     def _values(self) -> list[bytes]:
-        return _slices(self._random.randbytes(VALUE * self.keys), VALUE)
+        return _slices(self._random.randbytes(self.shape.value * self.keys), self.shape.value)
+
+    def _slices(self, keys: bytes) -> list[bytes]:
+        return _slices(keys, self.shape.key)
 
 
 def _slices(data: bytes, size: int) -> list[bytes]:
@@ -172,22 +219,25 @@ def timed(call: Callable[[], object]) -> int:
         gc.enable()
 
 
-def measure(directory: Path, keys: int, rounds: int, say: Callable[[str], None]) -> dict[str, dict[str, list[float]]]:
+def measure(
+    shape: Shape, keys: int, names: Sequence[str], directory: Path, rounds: int, seed: int, tell: Tell
+) -> Samples:
     """For each workload and engine the ns per key of each round; of `reopen` and `killed` the ns of the whole call."""
-    order = WORKLOADS + OPENINGS
-    found: dict[str, dict[str, list[float]]] = {name: {engine.name: [] for engine in ENGINES} for name in order}
+    found: Samples = {name: {engine.name: [] for engine in engines_of(name)} for name in names}
     for turn in range(rounds):
-        benches = [Bench(engine, directory / f"round {turn}", keys, seed=turn) for engine in ENGINES]
-        (directory / f"round {turn}").mkdir()
-        for workload in order:
+        place = directory / f"{shape.name}, round {turn}"
+        place.mkdir()
+        benches = [Bench(engine, shape, place, keys, seed + turn) for engine in ENGINES]
+        for name in names:
             for bench in benches[turn % len(benches) :] + benches[: turn % len(benches)]:  # nobody is always first
-                if bench.engine.stored or workload not in OPENINGS:
-                    took = timed(bench.prepare(workload))
-                    per = 1 if workload in ("reopen", "killed") else bench.keys
-                    found[workload][bench.engine.name].append(took / per)
-            say(f"round {turn + 1} of {rounds}: {workload}")
+                if bench.engine in engines_of(name):
+                    tell(f"{shape.name}, round {turn + 1} of {rounds}: {name}, {bench.engine.name}", keys)
+                    took = timed(bench.prepare(name))
+                    per = 1 if name in WHOLE else bench.keys
+                    found[name][bench.engine.name].append(took / per)
         for bench in benches:
             bench.remove()
+        place.rmdir()
     return found
 
 
@@ -238,36 +288,49 @@ def open_and_close(engine: Engine, path: Path) -> int:
     return took
 
 
-def _fill_only(engine: Engine, directory: Path, keys: int, close: bool) -> int:
-    bench = Bench(engine, directory, keys)
+def _fill_only(engine: Engine, shape: Shape, directory: Path, keys: int, close: bool) -> int:
+    bench = Bench(engine, shape, directory, keys)
     bench.prepare("fill")()
     if close:
         bench.close()
     else:
         _left_open.append(bench.db)
-    return 0
+    return bench.keys
 
 
-def opening(engine: Engine, directory: Path, sizes: list[int], killed: bool, times: int) -> dict[int, list[int]]:
-    """For stores of several sizes the ns of opening in a fresh process, after a clean close or after a kill.
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """How many ns each opening of a store took, in fresh processes, one after the other."""
+
+    engine: str
+    killed: bool  # after a kill, or else a clean close
+    keys: int
+    times: list[int]
+
+
+def opening(
+    engine: Engine, shape: Shape, sizes: Sequence[int], directory: Path, killed: bool, times: int
+) -> list[Opened]:
+    """Open stores of several sizes in fresh processes, after a clean close or after a kill.
 
     A copy of a killed store would be distrusted, so every opening after a kill needs a kill of its own: each child
     opens the store, puts one key, and kills itself. The sizes take turns. What the fill left to be written back is
     written before.
     """
-    found: dict[int, list[int]] = {size: [] for size in sizes}
-    paths = {size: directory / f"{size} keys, {'killed' if killed else 'clean'}" for size in sizes}
-    for size, path in paths.items():
+    found: dict[Path, Opened] = {}
+    for size in sizes:
+        path = directory / f"{size} keys"
         path.mkdir()
-        in_child(partial(_fill_only, engine, path, size, not killed), kill=killed)
+        keys = in_child(partial(_fill_only, engine, shape, path, size, not killed), kill=killed)
+        found[path] = Opened(engine.name, killed, keys, [])
     os.sync()
     for _ in range(times):
-        for size, path in paths.items():
+        for path, opened in found.items():
             task = partial(open_and_put if killed else open_and_close, engine, path / engine.name)
-            found[size].append(in_child(task, kill=killed))
-    for path in paths.values():
+            opened.times.append(in_child(task, kill=killed))
+    for path in found:
         shutil.rmtree(path)
-    return found
+    return list(found.values())
 
 
 # ---- sizes on disk
@@ -288,10 +351,9 @@ def one_key(directory: Path) -> int:
     return found
 
 
-def index_bytes(directory: Path, keys: int) -> float:
+def index_bytes(shape: Shape, keys: int, directory: Path) -> float:
     """Bytes of the index for each key."""
-    (engine,) = (engine for engine in ENGINES if engine.name == "logkv")
-    bench = Bench(engine, directory, keys)
+    bench = Bench(engine_named("logkv"), shape, directory, keys)
     bench.prepare("fill")()
     bench.close()
     found = (bench.path / "index").stat().st_size / bench.keys
