@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 SOURCES := $(wildcard ext/*) setup.py pyproject.toml
 SECONDS ?= 60
 
-.PHONY: demo test bench bench-compare proof market annotate dist clean
+.PHONY: demo test bench bench-compare proof market docs annotate dist clean
 
 demo: $(VENV)/installed			## live prices from a writer and two readers, a kill, a recovery, a report
 	$(RUN) -m logkv demo
@@ -24,6 +24,9 @@ bench-compare: $(VENV)/bench		## pytest-benchmark against the last saved run; AR
 
 proof: $(VENV)/tools			## crash states, kills, flipped bits, stress: SECONDS=60 each
 	$(RUN) -m tests.proof --seconds $(SECONDS)
+
+docs: $(VENV)/installed			## docs/api.md from the docstrings
+	$(RUN) docs/reference.py
 
 annotate:				## build/ext/_core.html: where Cython touches Python
 	LOGKV_ANNOTATE=1 $(RUN) setup.py -q build_ext --inplace --force

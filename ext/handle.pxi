@@ -116,11 +116,11 @@ cdef class ReadHandle:
     def __iter__(self):
         return self._iterate(0)
 
-    def _iterate(self, int what):
-        """An iterator over keys (0), values (1) or pairs (2)."""
+    def _iterate(self, int what, bint holding=True):
+        """An iterator over keys (0), values (1) or pairs (2).  `holding`: it keeps the handle, which stays open so."""
         cdef Log log = self.log
         current(log)
-        return StoreIterator(log, what, self.decode)
+        return StoreIterator(log, what, self.decode, self if holding else None)
 
 
 cdef class WriteHandle(ReadHandle):
@@ -184,7 +184,7 @@ cdef class WriteHandle(ReadHandle):
             raise ClosedError("the store is closed")
         key_bytes(key, &k)
         if self.decode is not None:
-            self.get(key)           # a value that cannot be decoded raises here, and stays
+            ReadHandle.get(self, key)           # a value that cannot be decoded raises here, and stays
         delete(log, k, popped)
         return [decoded(value, self.decode) for value in popped]
 
@@ -203,6 +203,7 @@ cdef class StoreIterator:
         Log log
         int what
         object decode           # of the values; None where they are bytes
+        object handle           # that would be closed if nobody held it
         bint last               # the shard that was copied is the last one
         uint64_t cursor         # the first hash that was not copied yet
         uint64_t seq            # of the state when the shard was copied
@@ -210,10 +211,11 @@ cdef class StoreIterator:
         uint64_t *locations
         size_t at, count, room
 
-    def __cinit__(self, Log log, int what, decode):
+    def __cinit__(self, Log log, int what, decode, handle):
         self.log = log
         self.what = what
         self.decode = decode
+        self.handle = handle
         self.clears = log.clears
 
     def __dealloc__(self):
@@ -279,7 +281,8 @@ cdef class StoreIterator:
             self.seq = atomic_load(&self.log.index.page.seq)
             status = find_entry(self.log, self.cursor, &word, &entry)
             if status < 0:
-                settle(self.log, status)
+                if atomic_load(&self.log.index.header.directory) == word:
+                    settle(self.log, status)
                 continue
             cls, depth = ENTRY_CLASS(entry), ENTRY_DEPTH(entry)
             room = <size_t> SHARD_BUCKETS[cls] * BUCKET_SLOTS

@@ -43,7 +43,7 @@ cdef inline int find_entry(Log log, uint64_t h, uint64_t *word, uint64_t *entry)
     if depth > DIRECTORY_DEPTH_MAX or page + directory_pages(depth) > ix.pages:
         return INDEX_GREW
     entry[0] = atomic_load(<uint64_t *> (ix.base + page * PAGE_BYTES) + ((h >> 1) >> (63 - depth)))
-    if ENTRY_CLASS(entry[0]) >= SHARD_CLASSES or \
+    if ENTRY_CLASS(entry[0]) >= SHARD_CLASSES or ENTRY_DEPTH(entry[0]) > depth or \
             ENTRY_PAGE(entry[0]) + SHARD_PAGES[ENTRY_CLASS(entry[0])] > ix.pages:
         log.trouble = ENTRY_PAGE(entry[0])
         return INDEX_GREW
@@ -574,7 +574,8 @@ cdef str why_not(Log log, uint8_t *base, uint64_t pages, uint64_t epoch, uint64_
         if entry == last:
             continue
         last = entry
-        if ENTRY_CLASS(entry) >= SHARD_CLASSES or ENTRY_PAGE(entry) + SHARD_PAGES[ENTRY_CLASS(entry)] > pages:
+        if ENTRY_CLASS(entry) >= SHARD_CLASSES or ENTRY_DEPTH(entry) > depth or \
+                ENTRY_PAGE(entry) + SHARD_PAGES[ENTRY_CLASS(entry)] > pages:
             return "a shard is out of bounds"
         if (<shard_header *> (base + ENTRY_PAGE(entry) * PAGE_BYTES)).intact:
             unchecked[0] += 1
@@ -677,7 +678,8 @@ def index_facts(Log log) -> dict:
         h = after << (64 - depth) if depth else 0
         status = find_entry(log, h, &word, &entry)
         if status < 0 and status != UNCHECKED:      # a number that is wrong harms nobody
-            settle(log, status)
+            if atomic_load(&log.index.header.directory) == word:
+                settle(log, status)
             continue
         depth = ENTRY_DEPTH(entry)
         after = (h >> (64 - depth)) + 1 if depth else 1

@@ -58,7 +58,7 @@ cdef class Log:
         int trouble_status          # of record_unpack
         uint32_t trouble_expected, trouble_found
         list mappings               # (address, length), to be unmapped at the end
-        uint64_t clears             # how often all segments were let go
+        readonly uint64_t clears    # how often all segments were let go
         dict segments               # first chunk: (address, length, chunks) of those mapped
         readonly str poisoned       # why every write is refused since a sync failed, or None
         bint refusing               # writes: poisoned, paused, closing, closed, or only reading
@@ -168,10 +168,11 @@ cdef class Log:
         Raises FormatError if its header asks for features that this version does not have.
         """
         self.check_open()
-        cdef uint64_t mapped, wanted, i, run = (capacity + CHUNK_BYTES - 1) >> CHUNK_SHIFT
-        cdef Chunk *entry = &self.chunks[chunk]
-        if chunk + run > CHUNK_COUNT:
+        cdef uint64_t mapped, wanted, i, run = (capacity >> CHUNK_SHIFT) + (capacity & (CHUNK_BYTES - 1) != 0)
+        cdef Chunk *entry
+        if run > CHUNK_COUNT or chunk > CHUNK_COUNT - run:
             raise FormatError(f"segment {number} lies beyond the end of the location space (chunk {chunk} of {CHUNK_COUNT})")
+        entry = &self.chunks[chunk]
         if entry.base != NULL and self.segments[chunk][1] >= size:
             for i in range(run):
                 entry[i].limit = max(entry[i].limit, size)

@@ -6,22 +6,31 @@ def next_whole(Log log, uint64_t chunk, uint64_t start, uint64_t stop) -> int | 
     cdef record_view r
     cdef bint found = False
     begin_scan(log, &s, chunk, start, stop, 0)
-    if s.offset < s.stop and not make_present(&s, s.stop):
-        return None
-    with nogil:
-        while not found and s.offset + RECORD_HEADER_BYTES < s.stop:
-            found = (s.base + s.offset)[18] != 0 and \
-                record_unpack(&r, s.base + s.offset, s.stop - s.offset, s.salt, s.offset, False) == RECORD_OK
-            s.offset += 8
-    return s.offset - 8 if found else None
+    while s.offset + RECORD_HEADER_BYTES < s.stop:
+        PyErr_CheckSignals()
+        if not make_present(&s, s.offset + RECORD_HEADER_BYTES):
+            return None
+        with nogil:
+            while s.offset + RECORD_HEADER_BYTES < s.populated:
+                if (s.base + s.offset)[18] != 0 and s.offset + record_reach(s.base + s.offset) <= s.stop and \
+                        record_unpack(&r, s.base + s.offset, s.stop - s.offset, s.salt, s.offset, False) == RECORD_OK:
+                    found = True
+                    break
+                s.offset += 8
+        if found:
+            return s.offset
+        if s.populated >= s.stop:
+            break
+    return None
 
 
-def survey_index(Log log) -> tuple:
-    """(locations of all entries, sorted, 8 bytes each; locations of those entries that a search does not find).
+def survey_index(Log log, bint searching) -> tuple:
+    """(locations that entries lead to, sorted, 8 bytes each; those of entries that a search does not find).
 
-    An entry whose record is damaged is listed and not searched for.
+    An entry whose record is damaged is listed and not searched for.  Without `searching` the second is empty.
     """
-    cdef StoreIterator shards = StoreIterator(log, 0, None)
+    cdef StoreIterator shards = StoreIterator(log, 0, None, None)
+    cdef uint64_t clears = log.clears
     cdef uint64_t *found = NULL
     cdef uint64_t *grown
     cdef size_t n = 0, room = 0, i
@@ -42,6 +51,10 @@ def survey_index(Log log) -> tuple:
             for i in range(shards.count):
                 found[n] = shards.locations[i]
                 n += 1
+                if not searching:
+                    continue
+                if log.clears != clears:
+                    raise ClosedError("the store was emptied")
                 status = read_record(log, shards.locations[i], &r)
                 if status == UNMAPPED:
                     settle(log, status)
@@ -55,6 +68,12 @@ def survey_index(Log log) -> tuple:
             PyErr_CheckSignals()
         if n:
             sort_locations(found, found + room, n)
+            room = n
+            n = 1
+            for i in range(1, room):        # one whose record is damaged stands in several places
+                if found[i] != found[n - 1]:
+                    found[n] = found[i]
+                    n += 1
         return PyBytes_FromStringAndSize(<char *> found, n * sizeof(uint64_t)), lost
     finally:
         free(found)

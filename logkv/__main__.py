@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """`python -m logkv` is the command `logkv`."""
 
 import sys

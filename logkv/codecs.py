@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 V = TypeVar("V")
 
 
 class SupportsCodec(Protocol[V]):
-    """An object of the user's.  Its name is its attribute `name`, else that of its class."""
+    """An object of the user's.  Its name is its attribute `name`, else that of its class, or of the module that it is."""
 
     def encode(self, value: V, /) -> bytes | str:
         """The bytes to store (str: as UTF-8)."""
@@ -82,7 +83,7 @@ def resolve(codec: object) -> Codec:
     name = getattr(codec, "name", None)
     if not isinstance(name, str):
         kind = codec if isinstance(codec, type) else type(codec)
-        name = f"{kind.__module__}.{kind.__qualname__}"
+        name = codec.__name__ if isinstance(codec, ModuleType) else f"{kind.__module__}.{kind.__qualname__}"
     if name in NAMED:
         raise ValueError(f"a codec of your own cannot have the name {name!r}, which LogKV gives to one of its own")
     return Codec(name, encode, decode)
@@ -108,9 +109,9 @@ def as_stored(name: str | None, *, check: bool = True) -> Codec:
     return Codec(name, checked, None)
 
 
-def check_name(asked: Codec, stored: str | None, path: str, *, reading: bool) -> None:
+def check_name(asked: str | None, stored: str | None, path: str) -> None:
     """Raises ValueError if a store whose MANIFEST names the codec `stored` is not to be opened with the one asked for."""
-    if asked.name != stored and not (asked is AS_STORED and reading):
-        names = ["plain bytes" if name is None else f"codec {name!r}" for name in (stored, asked.name)]
+    if asked != stored:
+        names = ["plain bytes" if name is None else f"codec {name!r}" for name in (stored, asked)]
         raise ValueError(f"{path} holds values of {names[0]}; it cannot be opened for {names[1]} "
                          '(to read the bytes as they are stored: codec="bytes")')

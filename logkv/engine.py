@@ -37,8 +37,10 @@ class Engine:
         self.promised = (0, 0)          # (file number, offset) that the log must reach
         self._epoch = 0                 # of the index that is in use
         self.codec: str | None          # of the values, while it is open
+        self._opening = True
         try:
             self._open()
+            self._opening = False
         except BaseException:
             self.release()
             raise
@@ -90,7 +92,7 @@ class Engine:
                     self._now_in(self.manifest.epoch, signs)
                     return
                 why = problem
-            if self.log.signs == signs and self._read_manifest()[1] == instance and not self._writer_lives():
+            if self.log.signs == signs and self._read_manifest()[1] == instance and not files.has_writer(self.directory):
                 break
         self._build_own_index(why)
 
@@ -103,7 +105,9 @@ class Engine:
         if epoch != self._epoch:
             self.log.forget_segments()
             self._epoch = epoch
-            if self.manifest.codec != self.codec:       # handles that decode would read what is something else
+            if self._opening:
+                self.codec = self.manifest.codec
+            elif self.manifest.codec != self.codec:     # handles that decode would read what is something else
                 self.log.close()
                 raise ClosedError(f"{self.directory.path} was emptied and now has codec {self.manifest.codec!r}, not "
                                   f"{self.codec!r}: open it again")
@@ -162,18 +166,6 @@ class Engine:
     def _overtaken(self) -> bool:
         """Whether a writer has changed the list of segments since we read it."""
         return not self.writable and self._read_manifest()[0].generation != self.manifest.generation
-
-    def _writer_lives(self) -> bool:
-        try:
-            fd = self.directory.open(files.LOCK)
-        except OSError:
-            return False
-        try:
-            return files.is_locked(fd)
-        except OSError:
-            return False
-        finally:
-            os.close(fd)
 
     def release(self) -> None:
         """Lets everything go, whatever state it is in."""
@@ -295,9 +287,9 @@ class Engine:
         index = _core.index_facts(self.log)
         segments = []
         for s in self.manifest.segments:
-            status = self.directory.stat(s.name)
-            segments.append({"number": s.number, "sealed": s.sealed, "bytes": status.st_size,
-                             "allocated": status.st_blocks * 512, "capacity": s.capacity,
+            size, allocated = self.directory.size(s.name)
+            segments.append({"number": s.number, "sealed": s.sealed, "bytes": size, "allocated": allocated,
+                             "capacity": s.capacity,
                              "records": s.records if s.sealed else None})
         return {
             "path": self.directory.path,

@@ -12,7 +12,7 @@ class Error(OSError):
 
 
 class ClosedError(Error):
-    """The store, or this handle on it, was closed."""
+    """The store, or this handle on it, was closed; or the store was emptied and has another codec now."""
 
 
 class ReadOnlyError(Error):

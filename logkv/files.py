@@ -83,6 +83,13 @@ class Directory:
             self.close()
             raise Error(errno.EOPNOTSUPP, f"LogKV does not work on network file systems ({network})", path)
 
+    def again(self) -> Directory:
+        """The same directory, whatever its path leads to now, with a descriptor of its own."""
+        twin = object.__new__(Directory)
+        twin.path, twin.mode = self.path, self.mode
+        twin.fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
+        return twin
+
     def close(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
@@ -105,6 +112,14 @@ class Directory:
 
     def stat(self, name: str) -> os.stat_result:
         return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+
+    def size(self, name: str) -> tuple[int, int]:
+        """Bytes of a file, and bytes that it takes on the device; zeros if it is not there."""
+        try:
+            status = self.stat(name)
+        except FileNotFoundError:
+            return 0, 0
+        return status.st_size, status.st_blocks * 512
 
     def read(self, name: str) -> bytes:
         fd = self.open(name)
@@ -227,6 +242,7 @@ def read_at(fd: int, size: int, offset: int) -> bytes:
 _SET, _GET = getattr(fcntl, "F_OFD_SETLK", 90), getattr(fcntl, "F_OFD_GETLK", 92)
 _DARWIN = sys.platform == "darwin"
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.01      # seconds between two looks of one who waits
+_PATIENCE = 1.0                                     # seconds with a first one who does not take the lock
 
 
 def _flock(kind: int, start: int, length: int) -> bytes:
@@ -261,52 +277,86 @@ def is_locked(fd: int) -> bool:
     return _is_locked(fd, 0, 1)
 
 
+def has_writer(directory: Directory) -> bool:
+    """Whether another open file holds the writer's lock of a store; False where that cannot be known."""
+    try:
+        fd = directory.open(LOCK)
+    except OSError:
+        return False
+    try:
+        return is_locked(fd)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
 def lock(directory: Directory, timeout: float) -> int:
-    """Takes the writer's lock and returns the descriptor that holds it; waits for at most `timeout` seconds, first come,
-    first served.
+    """Takes the writer's lock and returns the descriptor that holds it, for `unlock`; waits for at most `timeout` seconds,
+    first come, first served.
 
     Raises LockedError with the pid that the holder left in the file.
     """
     fd = directory.open(LOCK, writable=True, create=True)
+    _lock_fds.add(fd)
     try:
-        if timeout <= 0:
-            taken = _try_lock(fd, 0)
-        else:
-            taken = _wait_for_lock(fd, time.monotonic() + timeout)
-        if not taken:
-            text = read_at(fd, 32, 0).strip()
-            pid = int(text) if text.isdigit() else None
-            waited = f" (waited for {timeout:g} s)" if timeout else ""
-            raise LockedError(errno.EAGAIN, f"{directory.path} is being written by another process, pid "
-                              f"{pid or 'unknown'}{waited}", pid=pid)
+        if not (_try_lock(fd, 0) if timeout <= 0 else _wait_for_lock(fd, time.monotonic() + timeout)):
+            raise _locked(directory, fd, timeout)
         os.ftruncate(fd, 0)
         write_at(fd, b"%d\n" % os.getpid(), 0)
     except BaseException:
-        os.close(fd)
+        unlock(fd)
         raise
     return fd
 
 
+def _locked(directory: Directory, fd: int, timeout: float) -> LockedError:
+    waited = f" (waited for {round(timeout, 2):g} s)" if timeout > 0 else ""
+    if not is_locked(fd):
+        return LockedError(errno.EAGAIN, f"others wait for {directory.path} and came first{waited}")
+    text = read_at(fd, 32, 0).strip()
+    pid = int(text) if text.isdigit() else None
+    return LockedError(errno.EAGAIN, f"{directory.path} is being written by another process, pid {pid or 'unknown'}{waited}",
+                       pid=pid)
+
+
+_lock_fds: set[int] = set()         # of this process, while it holds the lock or waits for it
+
+
 def unlock(fd: int) -> None:
     """Lets the writer's lock go, even if a child of a fork still has the open file."""
-    fcntl.fcntl(fd, _SET, _flock(fcntl.F_UNLCK, 0, 1))
+    _lock_fds.discard(fd)
+    try:
+        fcntl.fcntl(fd, _SET, _flock(fcntl.F_UNLCK, 0, 1))
+    finally:
+        os.close(fd)
+
+
+def forget_locks() -> None:
+    """In the child of a fork: the locks are its parent's, and must not outlive that."""
+    while _lock_fds:
+        os.close(_lock_fds.pop())
 
 
 def _wait_for_lock(fd: int, deadline: float) -> bool:
-    """Queues up, and takes the lock when it is this one's turn; False at the deadline."""
+    """Queues up, and takes the lock when it is this one's turn; False at the deadline.
+
+    Who comes first and does not take a lock that is free for a second is passed over: it may have been stopped.
+    """
     ticket = time.monotonic_ns()
     while not _try_lock(fd, ticket):
         ticket += 1
-    pause = _SHORTEST_PAUSE
+    pause, free_since = _SHORTEST_PAUSE, 0.0
     try:
         while True:
+            now = time.monotonic()
             first = not _is_locked(fd, 1, ticket - 1)
-            if first and _try_lock(fd, 0):
+            free_since = 0.0 if first or is_locked(fd) else free_since or now
+            if (first or free_since and now - free_since > _PATIENCE) and _try_lock(fd, 0):
                 return True
-            left = deadline - time.monotonic()
-            if left <= 0:
+            if now >= deadline:
                 return False
-            time.sleep(min(pause, left))
+            time.sleep(max(0.0, min(pause, deadline - now)))
             pause = min(2 * pause, _LONGEST_PAUSE / 4 if first else _LONGEST_PAUSE)
     finally:
         fcntl.fcntl(fd, _SET, _flock(fcntl.F_UNLCK, ticket, 1))

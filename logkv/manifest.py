@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from logkv import files
-from logkv._core import CHUNK, CHUNKS, FORMAT, checksum
+from logkv._core import CHUNK, CHUNKS, FORMAT, SEGMENT_HEADER, checksum
 from logkv.errors import CorruptionError, Error, FormatError
 
 MAGIC = "LogKV MANIFEST"
@@ -123,7 +123,14 @@ class Manifest:
             raise CorruptionError("the MANIFEST fails its checksum", path=path, offset=0,
                                   expected=f"{words[3].decode('latin-1')}, {words[4].decode('latin-1')} bytes",
                                   found=f"{checksum(body):08x}, {len(body)} bytes")
-        fields = json.loads(body)
+        try:
+            return cls._of(json.loads(body), path, writable)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as problem:
+            raise CorruptionError("the MANIFEST makes no sense, though its checksum is right", path=path,
+                                  expected="what docs/format.md says", found=str(problem) or repr(problem)) from problem
+
+    @classmethod
+    def _of(cls, fields: dict[str, Any], path: str, writable: bool) -> Manifest:
         features = fields["features"]
         if features[2] or features[1] and writable:
             raise FormatError(f"{path} asks for features {features} that this version of LogKV does not have")
@@ -131,7 +138,7 @@ class Manifest:
             raise FormatError(f"{path} asks for options {fields['options']} that this version of LogKV does not have")
         if fields["hash"] != HASH:
             raise FormatError(f"{path} asks for the hash {fields['hash']!r}; this version of LogKV has {HASH!r}")
-        return cls(
+        found = cls(
             identity=int(fields["identity"], 16), seed=bytes.fromhex(fields["seed"]),
             generation=fields["generation"], epoch=fields["epoch"], next_number=fields["next_number"],
             next_chunk=fields["next_chunk"], last_version=fields["last_version"], cuts=fields["cuts"],
@@ -139,6 +146,34 @@ class Manifest:
             segments=[Segment(**{name: s[name] for name in Segment.__slots__ if name in s})
                       for s in fields["segments"]],
         )
+        found._check()
+        return found
+
+    def _check(self) -> None:
+        """Raises ValueError if a number is not where it must be: what follows relies on them."""
+        counts = [self.identity, self.generation, self.epoch, self.next_number, self.next_chunk, self.last_version,
+                  self.cut_bytes, *(version for kept, first in self.cuts for version in (kept, first))]
+        chunk = 0
+        for s in self.segments:
+            counts += [s.number, s.chunk, s.capacity, s.records, s.first_version, s.last_version, s.end or 0]
+            _expect(type(s.salt) is int and 0 <= s.salt < 1 << 32, f"segment {s.number} has salt {s.salt!r}")
+            _expect(type(s.sealed) is bool and (s.end is not None or not s.sealed), f"segment {s.number} is sealed without end")
+            _expect(all(type(n) is int for n in counts), f"segment {s.number} has something in place of a number")
+            _expect(chunk <= s.chunk and s.capacity >= SEGMENT_HEADER and s.chunk + s.chunks <= CHUNKS,
+                    f"segment {s.number} has {s.chunks} chunks from {s.chunk} on")
+            _expect(s.end is None or SEGMENT_HEADER <= s.end <= s.chunks * CHUNK, f"segment {s.number} ends at {s.end}")
+            _expect(s.records <= s.chunks * CHUNK, f"segment {s.number} has {s.records} records")
+            chunk = s.chunk + s.chunks
+        _expect(all(type(n) is int and 0 <= n < 1 << 64 for n in counts), "a number is out of range")
+        _expect(len({s.number for s in self.segments}) == len(self.segments), "two segments have one number")
+        _expect(bool(self.segments) and not self.segments[-1].sealed, "no segment is there to be appended to")
+        _expect(self.codec is None or isinstance(self.codec, str), f"the codec is {self.codec!r}")
+        _expect(len(self.seed) == 16, f"the seed has {len(self.seed)} bytes")
+
+
+def _expect(is_so: bool, otherwise: str) -> None:
+    if not is_so:
+        raise ValueError(otherwise)
 
 
 @dataclass(frozen=True, slots=True)

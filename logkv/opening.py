@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from logkv import _core, files, manifest, recovery
@@ -51,8 +52,11 @@ class Options:
 class Opening(Engine):
     """A store with its writer's lock, from there to where puts may begin; and what its MANIFEST and index vouch for."""
 
-    def __init__(self, directory: files.Directory, options: Options, *, create: bool, timeout: float) -> None:
+    def __init__(self, directory: files.Directory, options: Options, *, create: bool, timeout: float,
+                 check: Callable[[Manifest], None] | None = None) -> None:
+        """check: raises if a store is not to be opened; it is not touched then."""
         self.options = options
+        self._check = check
         self._create_missing = create
         self._timeout = timeout
         self._lock_fd = self._index_fd = -1
@@ -84,12 +88,15 @@ class Opening(Engine):
     def _look(self) -> tuple[Manifest, Instance] | None:
         """The MANIFEST, or None where a store may be created; raises for anything else."""
         found = manifest.read(self.directory, writable=True)
-        if found is not None:
-            recovery.check_headers(self.directory, found[0])
-        else:
+        if found is None:
             problem = no_store(self.directory)
-            if not (self._create_missing and isinstance(problem, NotFoundError)):
-                raise problem
+            found = manifest.read(self.directory, writable=True)    # a store may just have been created
+        if found is not None:
+            if self._check is not None:
+                self._check(found[0])
+            recovery.check_headers(self.directory, found[0])
+        elif not (self._create_missing and isinstance(problem, NotFoundError)):
+            raise problem
         return found
 
     def _create(self) -> None:
@@ -271,16 +278,17 @@ class Opening(Engine):
 
     def _close_fds(self) -> None:
         """What only a writer has open, its lock last."""
-        for fd in [*self._fds.values(), self._index_fd, self._lock_fd]:
+        for fd in [*self._fds.values(), self._index_fd]:
             if fd >= 0:
                 os.close(fd)
         self._fds.clear()
-        self._index_fd = self._lock_fd = -1
+        self._index_fd = -1
+        if self._lock_fd >= 0:
+            files.unlock(self._lock_fd)
+            self._lock_fd = -1
 
     def _release(self) -> None:
         super()._release()
-        if self._lock_fd >= 0:
-            files.unlock(self._lock_fd)
         self._close_fds()
 
     def _keep_index(self, fd: int) -> None:

@@ -6,17 +6,20 @@ import atexit
 import errno
 import os
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import suppress
 from types import TracebackType
-from typing import Any, Generic, Literal, Self, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack, overload
 
 from logkv import _core, codecs, files, views
 from logkv.codecs import Codec, SupportsCodec
 from logkv.engine import Engine
-from logkv.errors import ClosedError, LockedError, ReadOnlyError
+from logkv.errors import ClosedError, Error, LockedError, ReadOnlyError
+from logkv.manifest import Manifest
 from logkv.opening import Options
-from logkv.verification import Progress, Report, verify
+from logkv.verification import Progress, Report, verify_directory
 from logkv.writer import Writing, writers
 
 V = TypeVar("V")
@@ -32,28 +35,48 @@ class _Options(TypedDict, total=False):
     timeout: float
 
 
-_engines: dict[tuple[int, int, bool], Engine] = {}      # by device, inode, writable
-_busy: dict[tuple[int, int, bool], threading.Event] = {}       # those that are being opened or closed
+_Key = tuple[int, int, bool]                    # device, inode, writable
+_engines: dict[_Key, Engine] = {}
+_busy: dict[_Key, _Busy] = {}                   # those that are being opened or closed
 _engines_lock = threading.RLock()
 
 
+class _Busy:
+    """A thread is opening or closing an engine."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+        self.thread = threading.get_ident()
+
+    def wait(self, path: str, deadline: float | None) -> None:
+        """Raises LockedError at the deadline, and where this thread would wait for itself: in a signal's handler."""
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if self.thread == threading.get_ident() or not self.ended.wait(left):
+            raise LockedError(errno.EAGAIN, f"{path} is just being opened or closed in this process", pid=os.getpid())
 
 
-def _shared(directory: files.Directory, writable: bool, make: Callable[[], Engine]) -> tuple[Engine, bool]:
+def _shared(directory: files.Directory, writable: bool, make: Callable[[], Engine],
+            deadline: float | None) -> tuple[Engine, bool]:
     """The process's engine for a store, and whether it is new.  One that another thread is just opening or closing is
     waited for."""
     key = (*directory.identity(), writable)
-    while True:
-        with _engines_lock:
-            engine, busy = _engines.get(key), _busy.get(key)
-            if engine is not None and not engine.log.closed:
-                directory.close()
-                engine.users += 1
-                return engine, False
-            if busy is None:
-                ready = _busy[key] = threading.Event()
-                break
-        busy.wait()
+    try:
+        while True:
+            with _engines_lock:
+                engine, busy = _engines.get(key), _busy.get(key)
+                if engine is not None and engine.log.closed:    # it could not go on: who holds it lets it go
+                    del _engines[key]
+                elif engine is not None:
+                    engine.users += 1
+                    directory.close()
+                    return engine, False
+                if busy is None:
+                    busy = _busy[key] = _Busy()
+                    break
+            busy.wait(directory.path, deadline)
+    except BaseException:
+        directory.close()
+        raise
     try:
         engine = make()
         engine.users = 1
@@ -63,12 +86,12 @@ def _shared(directory: files.Directory, writable: bool, make: Callable[[], Engin
     finally:
         with _engines_lock:
             del _busy[key]
-        ready.set()
+        busy.ended.set()
 
 
 def _acquire_reader(path: str) -> Engine:
     directory = files.Directory(path)
-    return _shared(directory, False, lambda: Engine(directory))[0]
+    return _shared(directory, False, lambda: Engine(directory), None)[0]
 
 
 def _acquire_writer(path: str, flag: str, mode: int, options: Options, timeout: float) -> Writing:
@@ -78,9 +101,25 @@ def _acquire_writer(path: str, flag: str, mode: int, options: Options, timeout: 
         raise TypeError(f"timeout must be a number of seconds, not {type(timeout).__name__}")
     if not timeout >= 0:
         raise ValueError(f"timeout must be at least 0 seconds, not {timeout}")
+    deadline = time.monotonic() + timeout
     directory = files.Directory(path, create=flag in "cn", mode=mode)
-    engine, new = _shared(directory, True,
-                          lambda: Writing(directory, options, create=flag in "cn", timeout=timeout))
+
+    def check(current: Manifest) -> None:
+        if flag != "n":
+            codecs.check_name(options.codec, current.codec, path)
+
+    def make() -> Engine:
+        left = max(0.0, deadline - time.monotonic()) if timeout else 0
+        made = Writing(directory, options, create=flag in "cn", timeout=left, check=check)
+        try:
+            if flag == "n" and not made.created:
+                made.clear(options.codec)
+        except BaseException:
+            made.close()
+            raise
+        return made
+
+    engine, new = _shared(directory, True, make, deadline)
     assert isinstance(engine, Writing)
     try:
         if not new and flag == "n":
@@ -89,8 +128,6 @@ def _acquire_writer(path: str, flag: str, mode: int, options: Options, timeout: 
         if engine.options != options:
             raise ValueError(f"{path} is open in this process with {engine.options}; it cannot be opened with "
                              f"{options} beside that")
-        if flag == "n" and not engine.created:
-            engine.clear(options.codec)
     except BaseException:
         _release(engine)
         raise
@@ -103,23 +140,24 @@ def _release(engine: Engine) -> None:
         if engine.users:
             return
         keys = [key for key, value in _engines.items() if value is engine]
-        ended = threading.Event()
+        busy = _Busy()
         for key in keys:
             del _engines[key]
-            _busy[key] = ended
+            _busy[key] = busy
     try:
         engine.close()
     finally:
         with _engines_lock:
             for key in keys:
                 del _busy[key]
-        ended.set()
+        busy.ended.set()
 
 
 def _after_fork_in_child() -> None:
     global _engines_lock
     _engines_lock = threading.RLock()
     _busy.clear()
+    files.forget_locks()
     for key, engine in list(_engines.items()):
         if engine.writable:
             del _engines[key]
@@ -142,21 +180,29 @@ class _Handle(_core.ReadHandle[V]):
 
     _engine: Engine | None = None
     _path: str = ""
+    _absolute: str = ""
     _asked: Any = None              # the argument `codec`
     _decodes = False
     _writes = False                 # or did before a fork
+    _popping: Iterator[bytes] | None = None
 
     def _hold(self, engine: Engine, path: str, codec: Any = None) -> None:
-        resolved = codecs.resolve(codec)
         try:
-            codecs.check_name(resolved, engine.codec, path, reading=not engine.writable)
-        except ValueError:
+            resolved = codecs.resolve(codec)
+            if not (resolved is codecs.AS_STORED and not engine.writable):
+                codecs.check_name(resolved.name, engine.codec, path)
+            self._absolute = os.path.abspath(path)
+        except BaseException:
             _release(engine)
             raise
         self._engine, self._path, self._asked = engine, path, codec
         self._decodes = resolved.decode is not None
         self._writes = engine.writable
         self._attach(engine.log, resolved.encode, resolved.decode)
+
+    def _own_state(self) -> dict[str, Any]:
+        """What a subclass keeps in a handle."""
+        return {name: value for name, value in vars(self).items() if not hasattr(_Handle, name)}
 
     @property
     def path(self) -> str:
@@ -169,16 +215,16 @@ class _Handle(_core.ReadHandle[V]):
         return self._open_engine().codec
 
     def _open_engine(self) -> Engine:
-        if self._engine is None or self.closed: 
+        if self._engine is None or self.closed:
             raise ClosedError(f"the store {self._path} is closed")
         return self._engine
 
     def close(self) -> None:
         """Closes this handle; again is fine.  The last one that writes makes everything durable and lets the writer's
         lock go.  Raises Error if that fails; the handle is closed then too."""
-        engine, self._engine = self._engine, None
+        engine, self._engine, self._popping = self._engine, None, None
         if engine is not None:
-            self._detach()      
+            self._detach()
             _release(engine)
 
     def __enter__(self) -> Self:
@@ -192,9 +238,11 @@ class _Handle(_core.ReadHandle[V]):
     def __del__(self) -> None:
         engine = self._engine
         if engine is not None:
-            if engine.writable and engine.log.writable:
-                warnings.warn(f"{self!r} was not closed", ResourceWarning, source=self, stacklevel=2)
-            self.close()
+            try:
+                if engine.writable and engine.log.writable:
+                    warnings.warn(f"{self!r} was not closed", ResourceWarning, source=self, stacklevel=2)
+            finally:
+                self.close()
 
     def __copy__(self) -> Self:
         """Another handle of the same store, with the same rights."""
@@ -203,19 +251,23 @@ class _Handle(_core.ReadHandle[V]):
             engine = self._open_engine()
             engine.users += 1
         twin._hold(engine, self._path, self._asked)
+        twin._absolute, twin._writes = self._absolute, self._writes
+        vars(twin).update(self._own_state())
         return twin
 
     def __deepcopy__(self, memo: object) -> Self:
         return self.__copy__()
 
     def __repr__(self) -> str:
-        engine = self._engine
-        state = "closed" if engine is None or self.closed else \
-            f"{len(self)} keys" if isinstance(self, Mapping) else "open"  
+        state = "closed" if self._engine is None or self.closed else "open"
+        if state == "open" and isinstance(self, Mapping):
+            with suppress(Error):       # nothing that prints a handle should fail because of the store
+                state = f"{len(self)} keys"
         return f"<logkv.{type(self).__name__} {self._path!r}, {state}>"
 
     def stats(self) -> dict[str, Any]:
-        """Numbers about the store: keys, bytes alive and dead, index, segments, how it was opened."""
+        """What is known of the store now: keys, bytes alive and dead, index, segments, how it was opened.
+        O(segments and shards of the index)."""
         return self._open_engine().stats()
 
 
@@ -249,7 +301,10 @@ class _Reading(_Handle[V]):
         if not isinstance(other, Mapping):
             return NotImplemented
         if not isinstance(other, _Reading):
-            other = self._pairs_of(other)
+            try:
+                other = self._pairs_of(other)
+            except UnicodeEncodeError:      # such a str stands for no bytes
+                return False
         return len(self) == len(other) and all(other.get(key, _MISSING) == value for key, value in self.items())
 
     __hash__ = None                 # type: ignore[assignment]
@@ -262,11 +317,11 @@ class _Reading(_Handle[V]):
 
     def __reduce__(self) -> Any:
         self._open_engine()
-        return _reopen, (type(self), os.path.abspath(self._path), self._asked)
+        return _reopen, (type(self), self._absolute, self._asked), self._own_state()
 
     def verify(self, *, progress: Progress | None = None) -> Report:
         """Reads everything that the store holds and reports damage; see `logkv.verify`."""
-        return verify(self._open_engine().directory.path, progress=progress)
+        return verify_directory(self._open_engine().directory.again(), progress)
 
     def refresh(self) -> None:
         """Looks at the store anew.  Needed only where no writer could be seen before: a reader follows a live writer
@@ -274,9 +329,11 @@ class _Reading(_Handle[V]):
         self._open_engine().refresh()
 
 
-def _reopen(kind: type[Any], path: str, codec: Any) -> Any:
+def _reopen(kind: type[_Reading[Any]], path: str, codec: Any) -> Any:
     """What was pickled, opened for reading."""
-    return kind(path, "r", codec=codec) if issubclass(kind, Store) else kind(path, codec=codec)
+    handle = kind.__new__(kind)
+    handle._hold(_acquire_reader(path), path, codec)
+    return handle
 
 
 class Reader(_Reading[V], Mapping[bytes, V]):
@@ -360,12 +417,10 @@ class Writer(_WritingHandle[V], _core.WriteHandle[V]):
 
 
 class Store(_WritingHandle[V], _Reading[V], _core.WriteHandle[V], MutableMapping[bytes, V]):
-    """A persistent mapping of bytes to bytes: reader and writer in one.  The arguments are those of `logkv.open`.
+    """A persistent mapping of bytes to bytes, or to what its codec makes of them: reader and writer in one.
 
     Pickled, it opens the store for reading where it is unpickled.
     """
-
-    _popping: Iterator[bytes] | None = None
 
     @overload
     def __init__(self: Store[bytes], path: Path, flag: str = ..., mode: int = ..., *,
@@ -402,7 +457,7 @@ class Store(_WritingHandle[V], _Reading[V], _core.WriteHandle[V], MutableMapping
         """Removes some pair and returns it; KeyError if there is none.  Atomic between threads; O(1) on average."""
         while True:
             fresh = self._popping is None
-            keys = self._popping = self._popping or self._iterate(0)
+            keys = self._popping = self._popping or self._iterate(0, False)
             for key in keys:
                 popped = self._pop(key)
                 if popped:
@@ -460,7 +515,7 @@ def open(path: Path, flag: str = ..., mode: int = ..., *, codec: SupportsCodec[V
 
 def open(path: Path, flag: str = "c", mode: int = 0o666, *, sync: Sync = "os", segment_size: int = 256 << 20,
          timeout: float = 0, codec: Any = None) -> Store[Any]:
-    """Opens a store and returns a mapping of bytes to bytes.
+    """Opens a store and returns a Store: a mapping of bytes to bytes, or to what the codec makes of them.
 
     path: its directory.
     flag: "r" an existing store, for reading only; "w" an existing one; "c" created if missing; "n" a new, empty one

@@ -1,4 +1,4 @@
-"""Verification: reads all that a store holds, and reports what is not as it should be.  Changes nothing."""
+"""Reads all that a store holds and reports what is not as it should be; changes nothing."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from dataclasses import dataclass, field
 
 from logkv import _core, files, manifest
 from logkv.engine import Engine, no_store
-from logkv.errors import CorruptionError, Error
-from logkv.manifest import Manifest, Segment
+from logkv.errors import ClosedError, CorruptionError, NotFoundError
+from logkv.manifest import Segment
 
 Progress = Callable[[int, int], None]
 
 START = _core.SEGMENT_HEADER
 UNKNOWN = 1 << 62               # the end of a segment that only a scan can find
 ATTEMPTS = 5                    # where a writer changes the store meanwhile
+LISTED = 1000                   # problems
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that is not as it should be.  `file`: its name in the store's directory; `offset`: in bytes."""
+    """Something that is not as it should be; str() says it in one line.
+
+    `file`: its name in the store's directory; `offset`: in bytes; `expected` and `found`: as text.
+    """
 
     message: str
     file: str | None = None
@@ -37,7 +41,11 @@ class Problem:
 
 @dataclass(slots=True)
 class Report:
-    """What a verification found.  `notes` is what deserves to be known and is no damage."""
+    """What a verification found.
+
+    `problems`: a list of Problem; `notes`: lines that deserve to be known and are no damage; `segments`, `records`, `keys`,
+    `bytes`: how much was checked.
+    """
 
     path: str
     problems: list[Problem] = field(default_factory=list)
@@ -46,6 +54,7 @@ class Report:
     records: int = 0
     keys: int = 0
     bytes: int = 0
+    more: int = 0                   # problems beyond those that are listed
 
     @property
     def ok(self) -> bool:
@@ -56,18 +65,29 @@ class Report:
         name = None if problem.path is None else os.path.basename(problem.path)
         if name is None and problem.segment is not None:
             name = files.segment_name(problem.segment)
-        self.problems.append(Problem(problem.reason, name, problem.offset, problem.expected, problem.found))
+        self._say(Problem(problem.reason, name, problem.offset, problem.expected, problem.found))
+
+    def _say(self, problem: Problem) -> None:
+        if len(self.problems) < LISTED:
+            self.problems.append(problem)
+        else:
+            self.more += 1
 
 
 class _Changed(Exception):
-    """A writer changed the list of segments meanwhile."""
+    """The store was emptied meanwhile, or a tail was cut off: what was found may be of what is gone."""
 
 
 class _Fresh(Engine):
-    """Builds an index of its own, whatever the store's may be worth."""
+    """Builds an index of its own, whatever the store's may be worth, and keeps it, whatever is written."""
 
     def _take_index(self) -> None:
+        if not self._opening:
+            raise _Changed
         self._build_own_index("verification")
+
+    def _index_changed(self) -> None:
+        self.log.heed(self.log.signs)
 
 
 def verify(path: str | bytes | os.PathLike[str] | os.PathLike[bytes], *, progress: Progress | None = None) -> Report:
@@ -77,20 +97,28 @@ def verify(path: str | bytes | os.PathLike[str] | os.PathLike[bytes], *, progres
     progress: called with the bytes of the log that were read and those there are.
 
     Damage is reported, never raised.  Raises NotFoundError, FormatError (no store, or a newer one), Error for what cannot be
-    read.  O(bytes of the log); an index of its own takes some 11 bytes of memory a key.
+    read.  O(bytes of the log); an index of its own takes some 35 bytes of memory a key.
     """
-    name = os.fsdecode(path)
-    for attempt in range(ATTEMPTS):
-        report = Report(name)
-        directory = files.Directory(name)
-        try:
-            _Verification(directory, report, progress or (lambda done, total: None)).run()
-            break
-        except _Changed:
-            if attempt == ATTEMPTS - 1:
-                raise Error("the store is being emptied again and again: it cannot be verified meanwhile") from None
-        finally:
-            directory.close()
+    return verify_directory(files.Directory(os.fsdecode(path)), progress)
+
+
+def verify_directory(directory: files.Directory, progress: Progress | None = None) -> Report:
+    """Verifies the store in a directory, which is closed then."""
+    try:
+        for attempt in range(ATTEMPTS):
+            report = Report(directory.path)
+            try:
+                _Verification(directory, report, progress or (lambda done, total: None)).run()
+                break
+            except NotFoundError:
+                raise
+            except (_Changed, ClosedError, FileNotFoundError):      # closed: emptied for another codec
+                if attempt == ATTEMPTS - 1:
+                    report.notes.append("the store was emptied again and again: what was found may be of what is gone")
+    finally:
+        directory.close()
+    if report.more:
+        report.problems.append(Problem(f"{report.more:,} more problems are not listed"))
     return report
 
 
@@ -109,45 +137,55 @@ class _Verification:
         except CorruptionError as problem:
             self.report._add(problem)
             return
-        self.instance = found[1]
+        self.current, self.instance = found
         engine = self._open(Engine)
         try:
-            current = found[0] if engine is None else engine.manifest
-            self._check_log(current, engine)
+            if engine is not None:
+                self.current = engine.manifest
+            self._check_log(engine)
             if engine is not None:
                 self._check_index(engine)
         finally:
             if engine is not None:
                 engine.close()
-        self._note_strays(current)
+        self._note_strays()
 
     def _open(self, kind: type[Engine]) -> Engine | None:
         try:
-            return kind(files.Directory(self.directory.path))
+            return kind(self.directory.again())
         except CorruptionError as problem:
             if kind is Engine:
                 self.report._add(problem)
             return None
 
+    def _check_unchanged(self) -> None:
+        """Before something is called damaged."""
+        now = manifest.read(self.directory)
+        if now is None or (now[0].epoch, now[0].cut_bytes) != (self.current.epoch, self.current.cut_bytes):
+            raise _Changed
+
+    def _place_of(self, location: int) -> tuple[None, None, int]:
+        return None, None, location         # what the mapping of our own asks where a page cannot be read
+
     # -- the log ----------------------------------------------------------------------------------------
 
-    def _check_log(self, current: Manifest, engine: Engine | None) -> None:
-        self.log = _core.Log(None, current.identity, current.seed, False)
+    def _check_log(self, engine: Engine | None) -> None:
+        self.log = _core.Log(self, self.current.identity, self.current.seed, False)
         try:
             active, end, _ = (0, 0, 0) if engine is None else engine.log.restore_state()
-            sizes = [self._map(current, segment) for segment in current.segments]
+            segments = self.current.segments
+            sizes = [self._map(segment) for segment in segments]
             done, total = 0, sum(sizes)
-            for at, (segment, size) in enumerate(zip(current.segments, sizes, strict=True)):
+            for at, (segment, size) in enumerate(zip(segments, sizes, strict=True)):
                 self.progress(done, total)
-                if size:
+                if size > START and not (active and segment.number > active):   # a successor has no record yet
                     stop = segment.end
                     if stop is None and segment.number == active:
                         stop = end
-                    elif stop is None and at + 1 < len(sizes) and sizes[at + 1]:
-                        link = _core.read_link(self.log, current.segments[at + 1].chunk)
+                    elif stop is None and at + 1 < len(sizes) and sizes[at + 1] > START:
+                        link = _core.read_link(self.log, segments[at + 1].chunk)
                         stop = link[1] if link is not None and link[0] == segment.number else None
-                    if not (active and stop is None and segment.number > active):   # a successor that has no record yet
-                        self._check_segment(current, segment, stop)
+                    self._check_segment(segment, stop)
                 done += size
                 self.report.segments += 1
                 self.report.bytes += size
@@ -155,17 +193,17 @@ class _Verification:
         finally:
             self.log.close()
 
-    def _map(self, current: Manifest, segment: Segment) -> int:
+    def _map(self, segment: Segment) -> int:
         """Bytes of a segment's file, which is mapped then; 0 if it cannot be."""
         try:
             fd = self.directory.open(segment.name)
         except FileNotFoundError:
-            self._check_unchanged(current)
+            self._check_unchanged()
             self._found("a file that the MANIFEST names is missing", segment, None, "a segment", "nothing")
             return 0
         try:
             size = os.fstat(fd).st_size
-            expected = _core.encode_segment_header(segment.number, current.identity, current.seed, segment.salt)
+            expected = _core.encode_segment_header(segment.number, self.current.identity, self.current.seed, segment.salt)
             header = files.read_at(fd, START, 0)
             if header != expected:
                 self._found("the header is damaged", segment, 0, expected.hex(), header.hex())
@@ -175,12 +213,7 @@ class _Verification:
         finally:
             os.close(fd)
 
-    def _check_unchanged(self, current: Manifest) -> None:
-        now = manifest.read(self.directory)
-        if now is None or now[0].generation != current.generation:
-            raise _Changed
-
-    def _check_segment(self, current: Manifest, segment: Segment, end: int | None) -> None:
+    def _check_segment(self, segment: Segment, end: int | None) -> None:
         stop = UNKNOWN if end is None else end
         offset, version, whole = START, 0, True
         while True:
@@ -192,7 +225,7 @@ class _Verification:
             if end is None and resume is None:
                 break                           # the torn tail of a store without an index
             if whole:
-                self._check_unchanged(current)
+                self._check_unchanged()
             whole = False
             self._found(f"records damaged ({reason})", segment, offset, "a record",
                         f"none before offset {resume if resume is not None else end}")
@@ -214,53 +247,58 @@ class _Verification:
                         f"crc32c {_core.checksum(footer):08x}", f"{_core.checksum(found):08x}")
         said = (segment.records, segment.first_version, segment.last_version)
         if said != (records, first, last):
-            self.report.problems.append(Problem(f"what is said of {segment.name} is wrong", files.MANIFEST, None,
-                                                f"records, first and last version {(records, first, last)}", str(said)))
+            self.report._say(Problem(f"what is said of {segment.name} is wrong", files.MANIFEST, None,
+                                     f"records, first and last version {(records, first, last)}", str(said)))
 
     def _found(self, message: str, segment: Segment, offset: int | None, expected: str, found: str) -> None:
-        self.report.problems.append(Problem(message, segment.name, offset, expected, found))
+        self.report._say(Problem(message, segment.name, offset, expected, found))
 
     # -- the index --------------------------------------------------------------------------------------
 
     def _check_index(self, engine: Engine) -> None:
         """The store's index must lead to the same records as one that was just built from the log."""
+        clears, nonce = engine.log.clears, engine.log.nonce
+        self.report.keys = engine.log.state["keys"]
         if engine.log.index_is_private:
-            self._check_why_not(engine)
+            self._say_why_not(engine)
             return
         for _ in range(ATTEMPTS):
-            before = engine.log.state
+            version = engine.log.state["version"]
             fresh = self._open(_Fresh)
             if fresh is None:
                 return                          # the log is damaged, and that was said
             try:
-                locations, lost = _core.survey_index(engine.log)
-                expected, _ = _core.survey_index(fresh.log)
+                if engine.log.state["version"] != version:
+                    continue
+                expected, _ = _core.survey_index(fresh.log, False)
+                entries, lost = _core.survey_index(engine.log, True)
             except CorruptionError as problem:
+                self._check_unchanged()
                 self.report._add(problem)
                 return
             finally:
                 fresh.close()
-            after = engine.log.state
-            if engine.log.index_is_private:
-                self.report.keys = after["keys"]
-                self.report.problems.append(Problem(f"the index is damaged: {engine.recovered.get('why', 'not known')}",
-                                                    files.INDEX))
+            state = engine.log.state
+            if engine.log.clears != clears:
+                raise _Changed
+            if engine.log.index_is_private or engine.log.nonce != nonce:
+                self._say_why_not(engine)
                 return
-            if after["version"] == before["version"]:
-                self.report.keys = after["keys"]
-                self._compare(engine, array("Q", locations), array("Q", expected), lost)
+            if state["version"] == version:
+                self.report.keys = state["keys"]
+                self._compare(engine, array("Q", entries), array("Q", expected), lost)
                 return
-        self.report.keys = after["keys"]
         self.report.notes.append("the index was not compared with the log: the store was written to all the time")
 
-    def _check_why_not(self, engine: Engine) -> None:
+    def _say_why_not(self, engine: Engine) -> None:
         """The index is not in use: damaged, or only of no use after a power cut or in a copy."""
-        self.report.keys = engine.log.state["keys"]
+        self._check_unchanged()
         why = engine.recovered.get("why", "not known")
-        if engine.log.trust.get("intact") is False:
-            self.report.problems.append(Problem("the control page fails its checksum", files.CONTROL))
-        elif files.INDEX in self.directory.names() and engine.trust_in_index(self.instance).index:
-            self.report.problems.append(Problem(f"the index is damaged: {why}", files.INDEX))
+        if not files.has_writer(self.directory):          # who lives may just be replacing it
+            if engine.log.trust.get("intact") is False:
+                self.report._say(Problem("the control page fails its checksum", files.CONTROL))
+            elif files.INDEX in self.directory.names() and engine.trust_in_index(self.instance).index:
+                self.report._say(Problem(f"the index is damaged: {why}", files.INDEX))
         self.report.notes.append(f"the index is not in use: {why}; the next writer builds it anew")
 
     def _compare(self, engine: Engine, entries: array[int], expected: array[int], lost: list[int]) -> None:
@@ -272,18 +310,19 @@ class _Verification:
         for what, locations in wrong:
             if locations:
                 path, _, offset = engine._place_of(locations[0])
-                self.report.problems.append(Problem(f"the index {what} ({len(locations)} times; the first is at offset "
-                                                    f"{offset} of {path})", files.INDEX))
+                self.report._say(Problem(f"the index {what} ({len(locations)} times; the first is at offset {offset} of "
+                                         f"{path})", files.INDEX))
         if len(entries) != self.report.keys:
-            self.report.problems.append(Problem("the number of keys is wrong", files.INDEX, None, f"{len(entries)} keys",
-                                                str(self.report.keys)))
+            self.report._say(Problem("the number of keys is wrong", files.INDEX, None, f"{len(entries)} keys",
+                                     str(self.report.keys)))
 
-    def _note_strays(self, current: Manifest) -> None:
-        named = {segment.name for segment in current.segments}
+    def _note_strays(self) -> None:
+        current = manifest.read(self.directory)
+        named = {segment.name for segment in (self.current if current is None else current[0]).segments}
         for name in sorted(self.directory.names()):
             if not files.is_store_name(name):
                 self.report.notes.append(f"{name} is not a file of LogKV's")
-            elif files.segment_number(name) is not None and name not in named:
+            elif files.segment_number(name) is not None and name not in named and not files.has_writer(self.directory):
                 self.report.notes.append(f"{name} is not named by the MANIFEST: a change left it unfinished")
             elif name == files.LOST_FOUND:
                 self.report.notes.append(f"{name} holds what recoveries set aside")

@@ -19,11 +19,6 @@ def as_bytes(thing: object) -> object:
 
 class _View:
     _mapping: Any
-    _what: int                      # of `_iterate`: 0 keys, 1 values, 2 pairs
-
-    def __iter__(self) -> Iterator[Any]:
-        iterator: Iterator[Any] = self._mapping._iterate(self._what)
-        return iterator
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__.lower()} of {self._mapping!r}>"
@@ -42,7 +37,11 @@ class _SetView(_View, Set[Any]):
     def _operand(self, other: Any) -> Any:
         if isinstance(other, _View) or not isinstance(other, Iterable):
             return other
-        return {self._as_stored(element) for element in other}
+        elements = [self._as_stored(element) for element in other]
+        try:
+            return set(elements)
+        except TypeError:       # pairs with values that are in no set, of a codec
+            return other if isinstance(other, Set) else elements
 
     def isdisjoint(self, other: Iterable[Any]) -> bool:
         return super().isdisjoint(self._operand(other))
@@ -87,7 +86,8 @@ class _SetView(_View, Set[Any]):
 class Keys(_SetView, KeysView[bytes]):
     """The keys, in no particular order."""
 
-    _what = 0
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._mapping)
 
     def _as_stored(self, element: Any) -> Any:
         return as_bytes(element)
@@ -96,7 +96,9 @@ class Keys(_SetView, KeysView[bytes]):
 class Values(_View, ValuesView[V]):
     """The values."""
 
-    _what = 1
+    def __iter__(self) -> Iterator[V]:
+        iterator: Iterator[V] = self._mapping._iterate(1)
+        return iterator
 
     def __contains__(self, value: object) -> bool:
         wanted = self._mapping._as_stored(value)
@@ -106,7 +108,9 @@ class Values(_View, ValuesView[V]):
 class Items(_SetView, ItemsView[bytes, V]):
     """The pairs."""
 
-    _what = 2
+    def __iter__(self) -> Iterator[tuple[bytes, V]]:
+        iterator: Iterator[tuple[bytes, V]] = self._mapping._iterate(2)
+        return iterator
 
     def _as_stored(self, element: Any) -> Any:
         if not isinstance(element, tuple) or len(element) != 2:

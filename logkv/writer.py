@@ -10,12 +10,13 @@ import os
 import secrets
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from logkv import _core, files, manifest
 from logkv.engine import Engine
 from logkv.errors import ClosedError, Error, ReadOnlyError
-from logkv.manifest import Segment
+from logkv.manifest import Manifest, Segment
 from logkv.opening import START, Opening, Options, file_step
 from logkv.worker import Worker
 
@@ -29,7 +30,8 @@ class Writing(Opening):
     be taken twice, for a signal's handler or a finalizer may close the store in the middle of anything.
     """
 
-    def __init__(self, directory: files.Directory, options: Options, *, create: bool, timeout: float) -> None:
+    def __init__(self, directory: files.Directory, options: Options, *, create: bool, timeout: float,
+                 check: Callable[[Manifest], None] | None = None) -> None:
         self._turn = threading.Condition()      # who syncs next
         self._leader: int | None = None         # the thread that syncs for all who wait
         self._sync_lock = threading.RLock()     # one fdatasync of the log at a time
@@ -38,7 +40,7 @@ class Writing(Opening):
         self.problem: BaseException | None = None   # the last failure on the background thread
         self._closing = False
         _alive.add(self)
-        super().__init__(directory, options, create=create, timeout=timeout)
+        super().__init__(directory, options, create=create, timeout=timeout, check=check)
 
     def _open(self) -> None:
         super()._open()
@@ -352,7 +354,8 @@ class Writing(Opening):
         files.sync_data(self._control_fd)
 
     def after_fork(self) -> None:
-        """The child reads on, as any reader; the lock stays the parent's alone."""
+        """The child reads on, as any reader; the lock stays the parent's alone (`files.forget_locks` was called)."""
+        self._lock_fd = -1
         self._close_fds()
         self._lock = threading.RLock()
         self.writable = False

@@ -5,16 +5,20 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-import logkv
+import logkv.store
 from logkv import codecs
 from logkv.codecs import Codec
+from logkv.engine import Engine
+from logkv.writer import Writing
 
 RunInChild = Callable[[Callable[[], None]], int]
 
@@ -206,3 +210,81 @@ def test_handles_are_pickled_and_copied_with_their_codec(path: str) -> None:
             with logkv.Reader(path, codec=codec) as reader, pickle.loads(pickle.dumps(reader)) as other, \
                     copy.copy(reader) as twin:
                 assert reader["a"] == other["a"] == twin["a"] == ([1] if codec == "json" else b"[1]")
+
+
+def test_a_module_is_a_codec_with_its_own_name() -> None:
+    modules = [ModuleType(name) for name in ("packing", "boxing")]
+    for module in modules:
+        module.encode, module.decode = str.encode, bytes.decode     # type: ignore[attr-defined]
+    assert [codecs.resolve(module).name for module in modules] == ["packing", "boxing"]
+
+
+def test_what_is_refused_is_not_touched(path: str) -> None:
+    logkv.open(path, codec="json").close()
+    before = {file.name: file.read_bytes() for file in Path(path).iterdir()}
+    with pytest.raises(ValueError, match="holds values of"):
+        logkv.open(path, "c", timeout=60)
+    assert {file.name: file.read_bytes() for file in Path(path).iterdir()} == before
+
+
+def test_a_codec_that_fails_while_a_store_is_opened_leaves_nothing_open(path: str, in_child: RunInChild) -> None:
+    class Failing:
+        calls = 0
+
+        @property
+        def encode(self) -> Callable[[Any], bytes]:
+            Failing.calls += 1
+            if Failing.calls > 1:
+                raise ZeroDivisionError
+            return bytes
+
+        decode = bytes
+
+    with pytest.raises(ZeroDivisionError):
+        logkv.open(path, codec=Failing())
+    assert in_child(lambda: logkv.open(path, "n").close()) == 0
+
+
+def test_nobody_sees_a_store_before_it_is_emptied_for_another_codec(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with logkv.open(path) as db:
+        db["a"] = b"1"
+    clear, seen = Writing.clear, []
+
+    def slowly(self: Writing, codec: str | None) -> None:
+        def look() -> None:
+            with pytest.raises((ValueError, logkv.LockedError)):
+                logkv.open(path, "w", timeout=5)
+            seen.append(True)
+
+        other = threading.Thread(target=look)
+        other.start()
+        other.join(0.05)
+        clear(self, codec)
+        waiting.append(other)
+
+    waiting: list[threading.Thread] = []
+    monkeypatch.setattr(Writing, "clear", slowly)
+    with logkv.open(path, "n", codec="json") as db:
+        waiting[0].join()
+        assert seen and db == {}
+
+
+def test_a_reader_is_opened_anew_while_the_old_one_lets_go(path: str, in_child: RunInChild,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    with logkv.open(path, codec="str") as db:
+        db["a"] = "1"
+    old = logkv.Reader(path, codec="str")
+    assert in_child(lambda: logkv.open(path, "n", codec="json").close()) == 0
+    with pytest.raises(logkv.ClosedError):
+        old["a"]
+    real = Engine._open
+
+    def open_and_close_the_old_one(self: Engine) -> None:
+        thread = threading.Thread(target=old.close)
+        thread.start()
+        thread.join(5)
+        real(self)
+
+    monkeypatch.setattr(Engine, "_open", open_and_close_the_old_one)
+    logkv.Reader(path, codec="json").close()
+    assert old.closed and not [engine for engine in logkv.store._engines.values() if engine.directory.path == path]

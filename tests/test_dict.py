@@ -191,3 +191,72 @@ def nothing_left_open() -> Iterator[None]:
     """Handles that a test forgets would warn in another one."""
     yield
     gc.collect()
+
+
+def test_a_handle_that_only_an_iterator_holds_stays_open(abc: logkv.Store[bytes]) -> None:
+    assert sorted(logkv.Reader(abc.path)) == [b"a", b"b", b"c"]
+    assert sorted(value for _, value in logkv.Reader(abc.path).items()) == [b"1", b"2", b"3"]
+    assert sorted(map(bytes, logkv.Reader(abc.path).values())) == [b"1", b"2", b"3"]
+
+
+def test_pairs_with_values_that_are_in_no_set(path: str) -> None:
+    with logkv.open(path, codec="json") as db:
+        db.update({"a": [1], "b": {"c": 2}})
+        plain = db.copy()
+        assert db.items() == plain.items() and db.items() <= plain.items() and not db.items() < plain.items()
+        assert not db.items().isdisjoint([("a", [1])]) and db.items().isdisjoint([("a", [2])])
+        assert db.keys() & {"a", "x"} == {b"a"}
+
+
+class Scaled(logkv.Store[bytes]):
+    """A subclass with a beginning and a state of its own."""
+
+    def __init__(self, path: str, scale: int) -> None:
+        super().__init__(path)
+        self.scale = scale
+
+
+def test_what_a_subclass_keeps_is_copied_and_pickled(path: str) -> None:
+    with Scaled(path, 7) as db:
+        db["a"] = "1"
+        with copy.copy(db) as twin, pickle.loads(pickle.dumps(db)) as other:
+            assert type(twin) is type(other) is Scaled and twin.scale == other.scale == 7
+            assert twin["a"] == other["a"] == b"1"
+            twin["b"] = "2"
+            with pytest.raises(logkv.ReadOnlyError):
+                other["c"] = "3"
+
+
+def test_relative_paths_lead_to_the_store_that_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for where in ("here", "there"):
+        (tmp_path / where).mkdir()
+        monkeypatch.chdir(tmp_path / where)
+        with logkv.open("s") as db:
+            db["where"] = where
+    monkeypatch.chdir(tmp_path / "here")
+    with logkv.Reader("s") as reader, logkv.open("s") as store:
+        monkeypatch.chdir(tmp_path / "there")
+        with pickle.loads(pickle.dumps(reader)) as other, copy.copy(store) as twin, pickle.loads(pickle.dumps(twin)) as third:
+            assert other["where"] == third["where"] == b"here"
+        store["more"] = "1"
+        assert store.verify().keys == 2
+        os.rename(tmp_path / "here", tmp_path / "elsewhere")
+        assert store.verify().keys == reader.verify().keys == 2
+
+
+def test_a_dropped_handle_is_closed_where_warnings_are_errors(path: str) -> None:
+    code = f"""
+import gc, sys, warnings, logkv
+sys.unraisablehook = lambda problem: print(type(problem.exc_value).__name__)
+warnings.simplefilter("error")
+db = logkv.open({path!r})
+del db
+gc.collect()
+import os
+if os.fork() == 0:
+    logkv.open({path!r}).close()
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert result.stdout.split() == ["ResourceWarning", "7"]

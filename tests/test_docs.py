@@ -3,47 +3,155 @@
 from __future__ import annotations
 
 import doctest
+import importlib
+import os
+import pkgutil
 import re
+import runpy
+import shlex
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
-import logkv.errors
-import logkv.files
-import logkv.store
+import logkv
+from logkv import codecs, dbm, shelve, verification
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCKS = [(page, number, block) for page in PAGES
-          for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MODULES = [importlib.import_module(module.name) for module in pkgutil.walk_packages(logkv.__path__, "logkv.")
+           if not module.name.endswith("__main__")]
+PUBLIC = {thing for module in (logkv, logkv.errors, codecs, dbm, shelve, verification)
+          for name, thing in vars(module).items()
+          if not name.startswith("_") and callable(thing) and thing.__module__.startswith("logkv.")
+          and (thing.__module__ == module.__name__ or name in getattr(module, "__all__", ()))}
 
 
-@pytest.mark.parametrize("page, number, block", BLOCKS, ids=[f"{page.name}-{number}" for page, number, _ in BLOCKS])
-def test_examples(page: Path, number: int, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    exec(compile(block, f"{page.name}, example {number}", "exec"), {})
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
-def test_the_readme_has_examples() -> None:
-    assert sum(page.name == "README.md" for page, _, _ in BLOCKS) >= 2
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
 
 
-@pytest.mark.parametrize("module", [logkv, logkv.store, logkv.errors, logkv.files])
-def test_docstrings(module: object) -> None:
-    assert doctest.testmod(module).failed == 0      # type: ignore[arg-type]
+# -- examples -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("page, number", [(page, number) for page in PAGES
+                                         for number in range(len(blocks(page, "python")))],
+                         ids=lambda part: name_of(part) if isinstance(part, Path) else str(part))
+def test_examples(page: Path, number: int, tmp_path: Path) -> None:
+    """Each is a whole program: it ends well, and complains about nothing."""
+    (tmp_path / "example.py").write_text(blocks(page, "python")[number])
+    ended = subprocess.run([sys.executable, "-W", "default::ResourceWarning", "example.py"], cwd=tmp_path, text=True,
+                           capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
-def test_links_between_pages_lead_somewhere() -> None:
-    for page in PAGES:
-        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+def test_the_pages_for_newcomers_have_examples() -> None:
+    assert len(blocks(ROOT / "README.md", "python")) >= 2
+    for name in ("getting-started", "durability", "drop-ins", "coming-from"):
+        assert blocks(ROOT / f"docs/{name}.md", "python"), name
 
 
-def test_every_public_name_has_a_docstring() -> None:
-    for name in logkv.__all__:
-        thing = getattr(logkv, name)
-        assert thing.__doc__, name
-        if isinstance(thing, type) and not issubclass(thing, Exception):
-            for member in vars(thing):
-                if not member.startswith("_"):
-                    assert getattr(thing, member).__doc__, f"{name}.{member}"
+def test_commands_of_getting_started(tmp_path: Path) -> None:
+    """Typed one after the other, each prints what is shown."""
+    session = "".join(blocks(ROOT / "docs/getting-started.md", "console"))
+    steps = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", session, re.M)
+    assert steps
+    for command, shown in steps:
+        ended = subprocess.run([sys.executable, "-m", *shlex.split(command)], cwd=tmp_path, text=True,
+                               capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        printed = ended.stdout + ended.stderr
+        if shown:       # `get` ends a value with a newline only on a terminal
+            printed = printed.removesuffix("\n") + "\n"
+        assert doctest.OutputChecker().check_output(shown, printed, doctest.ELLIPSIS), f"{command}\n{printed}"
+
+
+@pytest.mark.parametrize("module", [module for module in [logkv, *MODULES]
+                                    if any(test.examples for test in doctest.DocTestFinder().find(module))],
+                         ids=lambda module: module.__name__)
+def test_docstrings(module: ModuleType) -> None:
+    assert doctest.testmod(module).failed == 0
+
+
+def test_docstrings_were_looked_for() -> None:
+    assert {"logkv.store", "logkv.dbm", "logkv.cli", "logkv._core"} <= {module.__name__ for module in MODULES}
+
+
+# -- links ----------------------------------------------------------------------------------------------------
+
+def anchors(page: Path) -> set[str]:
+    """As code hosts make them of headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    found: Counter[str] = Counter()
+    names = set()
+    for heading in re.findall(r"^#+ (.*)$", text, re.M):
+        heading = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
+        slug = re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+        names.add(f"{slug}-{found[slug]}" if found[slug] else slug)
+        found[slug] += 1
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file), target
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs/README.md").read_text()
+    linked = {(ROOT / "docs" / target.partition("#")[0]).resolve() for target in re.findall(r"\]\(([^)]+)\)", index)}
+    assert {page for page in PAGES if page.is_relative_to(ROOT / "docs")} - {ROOT / "docs/README.md"} <= linked
+
+
+# -- what is said of the code ------------------------------------------------------------------------------------
+
+def test_the_map_of_the_code_is_whole() -> None:
+    """Everything in CONTRIBUTING's map is there, and every module is in the map."""
+    mapped = re.findall(r"^\| `([\w./]+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    assert [name for name in mapped if not (ROOT / name).exists()] == []
+    assert [name for name, times in Counter(mapped).items() if times > 1] == []
+    files = [*(ROOT / "ext").iterdir(), *(ROOT / "logkv").rglob("*.py*"), *(ROOT / "tests/proof").glob("*.py"),
+             *(ROOT / "docs").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    assert {name_of(file) for file in files if file.suffix != ".pyc" and file.stat().st_size} - {*mapped} == set()
+
+
+def test_the_make_targets_are_told() -> None:
+    targets = set(re.findall(r"^([\w-]+):(?!=)", (ROOT / "Makefile").read_text(), re.M))
+    assert targets == set(re.findall(r"^\| `make ([\w-]+)", (ROOT / "CONTRIBUTING.md").read_text(), re.M))
+
+
+def test_the_reference_is_current() -> None:
+    """If not: `make docs`."""
+    assert (ROOT / "docs/api.md").read_text() == runpy.run_path(str(ROOT / "docs/reference.py"))["render"]()
+
+
+def test_every_field_of_stats_is_explained(path: str) -> None:
+    fields = set(re.findall(r"^\| `([a-z_]+)` \|", (ROOT / "docs/getting-started.md").read_text(), re.M))
+    with logkv.open(path) as db:
+        assert set(db.stats()) == fields
+
+
+def full_name(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+@pytest.mark.parametrize("thing", sorted(PUBLIC, key=full_name), ids=full_name)
+def test_every_public_name_has_a_docstring(thing: Any) -> None:
+    assert thing.__doc__
+    fields = getattr(thing, "__dataclass_fields__", ())
+    for kind in getattr(thing, "__mro__", ()):
+        for name, member in vars(kind).items() if kind.__module__.startswith("logkv.") else ():
+            if not name.startswith("_") and name not in fields:
+                assert member.__doc__, name

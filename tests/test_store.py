@@ -610,3 +610,12 @@ def test_little_address_space(path: str) -> None:
     """
     result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_stats_of_a_store_whose_segment_is_missing(path: str) -> None:
+    with logkv.open(path, segment_size=65_536) as db:
+        for number in range(2000):
+            db[f"key {number}"] = bytes(100)
+    os.unlink(os.path.join(path, "0000000001.seg"))
+    with logkv.open(path, "r") as db:
+        assert db.stats()["segments"][0]["bytes"] == 0 and db.stats()["keys"] == 2000

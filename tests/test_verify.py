@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import logkv
+from benchmarks import baseline
+from logkv.engine import Engine
 
 SEGMENT = 65_536
 
@@ -168,3 +173,143 @@ def test_what_is_no_store_raises(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "file"):
         with pytest.raises(logkv.FormatError):
             logkv.verify(path)
+
+
+def test_beside_a_writer_the_log_is_indexed_a_few_times_at_most(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    builds = []
+    real = Engine._build_own_index
+    monkeypatch.setattr(Engine, "_build_own_index", lambda self, why: (builds.append(why), real(self, why))[1])
+    done = threading.Event()
+    with logkv.open(path) as db:
+        for number in range(20_000):
+            db[f"{number}"] = b"x"
+
+        def write() -> None:
+            while not done.is_set():
+                db["0"] = b"y"
+                time.sleep(0.0002)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            assert logkv.verify(path).ok
+        finally:
+            done.set()
+            writer.join()
+    assert len(builds) <= 5
+
+
+def test_beside_a_store_that_is_emptied_again_and_again(path: str) -> None:
+    done = threading.Event()
+
+    def write() -> None:
+        with logkv.open(path) as db:
+            while not done.is_set():
+                for number in range(3000):
+                    db[f"{number}"] = b"x" * 20
+                db.clear()
+
+    logkv.open(path).close()
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(60):
+            report = logkv.verify(path)
+            assert report.ok, [str(problem) for problem in report.problems]
+    finally:
+        done.set()
+        writer.join()
+
+
+def test_damage_is_found_while_a_writer_seals_segments(sealed: str) -> None:
+    first = segments(sealed)[0]
+    change(first, first.read_bytes().index(b"key 10"))
+    done = threading.Event()
+
+    def write() -> None:
+        with logkv.open(sealed, segment_size=SEGMENT) as db:
+            turn = 0
+            while not done.is_set():
+                turn += 1
+                db[f"new {turn % 100}"] = bytes(1000)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(10):
+            assert first.name in {problem.file for problem in logkv.verify(sealed).problems}
+    finally:
+        done.set()
+        writer.join()
+
+
+def test_every_byte_of_the_directory_of_a_dirty_index(path: str, in_child: Callable[[Callable[[], None]], int]) -> None:
+    """Whatever stands in it, everything ends, and nothing is read outside what is mapped."""
+    def leave() -> None:
+        db = logkv.open(path)
+        for number in range(20_000):
+            db[f"{number}"] = b"x"
+        os._exit(0)
+
+    assert in_child(leave) == 0
+    index = Path(path, "index")
+    page = int.from_bytes(index.read_bytes()[40:48], "little") >> 32
+    before = index.read_bytes()[page * 4096:page * 4096 + 16]
+    for at in range(16):
+        for byte in (0, 1, 40, 255):
+            change(index, page * 4096 + at, bytes([byte]))
+            with logkv.Reader(path) as reader:
+                assert reader.stats()["keys"] == 20_000
+                assert reader.get("77") in (b"x", None)
+            logkv.verify(path)
+            change(index, page * 4096, before)
+    assert logkv.verify(path).ok
+
+
+def manifest_with(path: str, change_it: Callable[[dict[str, Any]], object]) -> None:
+    manifest = baseline.read_manifest(Path(path))
+    change_it(manifest)
+    Path(path, "MANIFEST").write_bytes(baseline.encode_manifest(manifest))
+
+
+@pytest.mark.parametrize("name, value", [
+    *((name, value) for name in ("generation", "epoch", "next_number", "next_chunk", "last_version", "cut_bytes")
+      for value in (-1, 1 << 64, "1", None, 1.5, True)),
+    ("segments", []), ("segments", 7), ("cuts", [[1]]), ("cuts", 7), ("options", {"codec": [1]}), ("options", 7),
+    ("seed", "00"), ("seed", "x"), ("identity", "xyz"), ("features", [0]),
+])
+def test_a_manifest_with_nonsense_under_a_right_checksum(sealed: str, name: str, value: object) -> None:
+    manifest_with(sealed, lambda manifest: manifest.update({name: value}))
+    refused(sealed)
+
+
+@pytest.mark.parametrize("name", ["number", "chunk", "capacity", "salt", "sealed", "end", "records", "first_version"])
+@pytest.mark.parametrize("value", [-1, 0, 1 << 63, (1 << 64) - 1, 1 << 64, 10**18, "1", None, []])
+def test_a_segment_with_nonsense_under_a_right_checksum(sealed: str, name: str, value: object) -> None:
+    manifest_with(sealed, lambda manifest: manifest["segments"][1].update({name: value}))
+    if (name, value) in [("salt", 0), ("records", 0), *((name, value) for name in ("number", "first_version")
+                                                        for value in (0, 1 << 63, (1 << 64) - 1, 10**18))]:
+        assert not logkv.verify(sealed).ok
+    else:
+        refused(sealed)
+
+
+def refused(path: str) -> None:
+    report = logkv.verify(path)
+    assert [problem.file for problem in report.problems] == ["MANIFEST"]
+    for flag in "rwcn":
+        with pytest.raises(logkv.CorruptionError, match="MANIFEST"):
+            logkv.open(path, flag)
+
+
+def test_many_problems_are_counted_and_not_all_listed(path: str) -> None:
+    with logkv.open(path) as db:
+        for number in range(4000):
+            db[f"{number:04d}"] = b"x" * 16
+    file = segments(path)[0]
+    data = bytearray(file.read_bytes())
+    for number in range(0, 4000, 2):
+        data[data.index(b"%04d" % number + b"x" * 16) + 9] ^= 1
+    file.write_bytes(data)
+    report = logkv.verify(path)
+    assert len(report.problems) == 1001 and report.problems[-1].message == "1,000 more problems are not listed"

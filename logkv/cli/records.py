@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import os
 import sys
@@ -18,7 +19,6 @@ def as_json(name: str, content: bytes) -> dict[str, str]:
     try:
         return {name: content.decode()}
     except UnicodeDecodeError:
-        import base64
         return {f"{name}_b64": base64.b64encode(content).decode()}
 
 

@@ -37,10 +37,10 @@ def emit(thing: object) -> None:
 def size(number: float) -> str:
     """A number of bytes for people: 312 B, 4.7 MB."""
     for unit in ("B", "kB", "MB", "GB"):
-        if abs(number) < 999.5:
+        if number < 999.5:
             return f"{number:.0f} B" if unit == "B" else f"{number:.3g} {unit}"
         number /= 1000
-    return f"{number:,.3g} TB"
+    return f"{number:,.0f} TB" if number >= 999.5 else f"{number:.3g} TB"
 
 
 def counted(number: int, thing: str) -> str:

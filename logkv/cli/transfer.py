@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import base64
+import csv
 import gc
 import io
 import json
@@ -11,7 +13,7 @@ import stat
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain, islice, repeat
 from json.encoder import encode_basestring as quote
 from typing import Any, BinaryIO, NamedTuple
@@ -216,9 +218,7 @@ class Csv:
 
     def __init__(self, blocks: Iterator[bytes], name: str, choice: Choice) -> None:
         """Reads the header.  Raises ValueError if it is bad."""
-        import csv
         csv.field_size_limit(sys.maxsize)
-        self._csv = csv
         self._blocks = blocks
         self._lines: deque[str] = deque()               # that were read and not parsed
         self._rows: list[tuple[int, list[str]]] = []    # that were parsed and not put, and the lines where they begin
@@ -237,6 +237,7 @@ class Csv:
     def load(self, loader: Loader) -> None:
         """Puts all rows."""
         self._parse(loader)
+        loader.acknowledge()
         for block in self._blocks:
             self._load_block(block, loader)
             loader.acknowledge()
@@ -269,13 +270,13 @@ class Csv:
 
     def _parse(self, loader: Loader) -> None:
         """Puts the rows of the lines that were read; if the last row goes on behind them, more is read."""
-        reader = self._csv.reader(self._more_lines(loader), strict=True)
+        reader = csv.reader(self._more_lines(loader), strict=True)
         while self._lines:
             line = self._line + reader.line_num
             try:
                 if row := next(reader):
                     self._rows.append((line, row))
-            except self._csv.Error as problem:
+            except csv.Error as problem:
                 self._put_rows(loader)
                 loader.reject(line, BadLine(_csv_problem(str(problem))))
         self._put_rows(loader)
@@ -339,7 +340,6 @@ def _exported(thing: dict[str, Any], name: str) -> Text | None:
     coded = thing.get(f"{name}_b64")
     if not isinstance(coded, str):
         return None
-    import base64
     return base64.b64decode(coded, validate=True)
 
 
@@ -510,14 +510,12 @@ def _replaced(path: str) -> Iterator[BinaryIO]:
 
 def _export(arguments: argparse.Namespace) -> int:
     to_stdout = arguments.file == "-"
-    with logkv.Reader(arguments.store, codec="bytes") as reader, \
-            progress("export", len(reader), show=_show(to_stdout)) as update:
-        if to_stdout:
-            _write(reader, sys.stdout.buffer, update)
-        else:
-            with _replaced(arguments.file) as file:
-                done = _write(reader, file, update)
-            print(counted(done, "record"), "written to", arguments.file)
+    with (logkv.Reader(arguments.store, codec="bytes") as reader,
+          nullcontext(sys.stdout.buffer) if to_stdout else _replaced(arguments.file) as file,
+          progress("export", len(reader), show=_show(to_stdout)) as update):
+        done = _write(reader, file, update)
+    if not to_stdout:
+        print(counted(done, "record"), "written to", arguments.file)
     return 0
 
 

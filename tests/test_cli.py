@@ -1,0 +1,424 @@
+"""The command `logkv`, run as a user runs it."""
+
+from __future__ import annotations
+
+import base64
+import doctest
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import logkv
+from logkv.cli import main, terminal
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "command-line.md"
+COMMANDS = ("get", "put", "delete", "import", "export", "migrate", "stats", "verify", "demo")
+LIMIT = 60          # seconds
+LOGKV = [sys.executable, "-m", "logkv"]
+# The same command where what the extra `cli` brings is missing.
+BARE = [sys.executable, "-c", "import sys; sys.modules.update(rich=None, argcomplete=None); "
+        "from logkv.cli import main; sys.exit(main())"]
+
+
+def environment(**more: str) -> dict[str, str]:
+    foreign = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "PYTHONUNBUFFERED")
+    known = {name: value for name, value in os.environ.items() if name not in foreign}
+    return known | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "TERM": "xterm-256color",
+                    "LC_ALL": "C.UTF-8"} | more
+
+
+def run(*arguments: str | bytes | Path, given: bytes = b"",
+        command: list[str] = LOGKV) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([*command, *arguments], env=environment(), input=given, capture_output=True, timeout=LIMIT,
+                          check=False)
+
+
+def fails(*arguments: str | bytes | Path, status: int = 2, given: bytes = b"") -> str:
+    """What a command says that fails as it should: one line."""
+    done = run(*arguments, given=given)
+    said = done.stderr.decode()
+    assert (done.returncode, said.count("\n"), said[:7]) == (status, 1, "logkv: "), said
+    return said[7:-1]
+
+
+@contextmanager
+def started(*arguments: str | Path, **streams: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A command under way, for which Ctrl-C does what it does in a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)      # a child would inherit that it is ignored
+    try:
+        process = subprocess.Popen([*LOGKV, *arguments], env=environment(), stderr=subprocess.PIPE, **streams)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    late = threading.Timer(LIMIT, process.kill)         # else a test might read on for ever
+    late.start()
+    with process:
+        try:
+            yield process
+        finally:
+            late.cancel()
+            process.kill()
+
+
+def on_terminal(*arguments: str | Path, command: list[str] = LOGKV) -> str:
+    """What a command writes to a terminal, on which it also has its errors."""
+    master, slave = pty.openpty()
+    with open(master, "rb", buffering=0) as screen:
+        process = subprocess.Popen([*command, *arguments], env=environment(COLUMNS="100"), stdin=slave, stdout=slave,
+                                   stderr=slave)
+        os.close(slave)
+        drawn = b""
+        try:
+            while chunk := screen.read(65_536):
+                drawn += chunk
+        except OSError:         # EIO: nobody has the other side open any more
+            pass
+        assert process.wait(LIMIT) == 0, drawn
+    return drawn.decode()
+
+
+@pytest.fixture
+def filled(path: str) -> str:
+    """A store of 10,000 keys in several segments, closed."""
+    with logkv.open(path, segment_size=1 << 18) as db:
+        for number in range(10_000):
+            db.put(f"key/{number}", f"value {number} " + 50 * "-")
+    return path
+
+
+# -- get, put, delete -----------------------------------------------------------------------------------
+
+
+def test_one_record(path: str) -> None:
+    assert run("put", path, "btc", "4411.99").stdout == b""
+    done = run("get", path, "btc")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"4411.99", b"")
+    with logkv.Reader(path) as reader:
+        before = reader.stats()["last_version"]
+        version = json.loads(run("put", path, "btc", "4412.50", "--json").stdout)["version"]
+        assert before < version <= reader.stats()["last_version"]
+    assert json.loads(run("get", path, "btc", "--json").stdout) == {"key": "btc", "value": "4412.50"}
+    done = run("delete", path, "btc")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    for command in ("get", "delete"):
+        assert fails(command, path, "btc", status=1) == f"there is no key 'btc' in {path}"
+
+
+def test_any_bytes(path: str) -> None:
+    key, value = b"\xff\xfe key", bytes(range(256))
+    assert run("put", path, key, "-", given=value).returncode == 0
+    assert run("put", path, b"argument", b"\xff\xf0").returncode == 0
+    assert run("put", path, "", "").returncode == 0
+    assert run("get", path, key).stdout == value
+    assert run("get", path, "argument").stdout == b"\xff\xf0"
+    assert json.loads(run("get", path, key, "--json").stdout) == {
+        "key_b64": base64.b64encode(key).decode(), "value_b64": base64.b64encode(value).decode()}
+    with logkv.Reader(path) as reader:
+        assert dict(reader) == {key: value, b"argument": b"\xff\xf0", b"": b""}
+    assert run("delete", path, key).returncode == 0
+    assert run("get", path, key).returncode == 1
+
+
+def test_a_newline_only_on_a_terminal(path: str) -> None:
+    run("put", path, "btc", "4411.99")
+    assert on_terminal("get", path, "btc") == "4411.99\r\n"
+
+
+def test_start_is_light(path: str) -> None:
+    run("put", path, "btc", "4411.99")
+    heavy = ["rich", "argcomplete", "csv", "multiprocessing", "logkv.cli.transfer", "logkv.cli.demo"]
+    code = (f"import sys; from logkv.cli import main; status = main({['get', path, 'btc']}); "
+            f"print([name for name in {heavy} if name in sys.modules])")
+    assert run("-c", code, command=[sys.executable]).stdout == b"4411.99[]\n"
+
+
+# -- errors ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["get STORE k", "delete STORE k", "export STORE", "stats STORE", "verify STORE"])
+def test_no_store(command: str, tmp_path: Path) -> None:
+    missing = tmp_path / "missing.db"
+    assert fails(*command.replace("STORE", str(missing)).split()) == f"there is no store: {missing}"
+    assert not missing.exists()
+    (tmp_path / "notes.txt").touch()
+    assert "is not a LogKV store" in fails(*command.replace("STORE", str(tmp_path)).split())
+
+
+@pytest.mark.parametrize("arguments, said", [
+    ("nonsense", "'nonsense'"), ("get", "STORE, KEY"), ("get s", "KEY"), ("get s k v", "v"), ("put s k", "VALUE"),
+    ("put s k v --timeout soon", "soon"), ("put s k v --timeout -1", "-1"), ("import s", "FILE"),
+    ("import s f --format xml", "xml"), ("import s f --codec pickle", "pickle"), ("stats", "STORE"),
+    ("--nonsense", "--nonsense"),
+])
+def test_wrong_usage(arguments: str, said: str, tmp_path: Path) -> None:
+    assert said in fails(*arguments.replace("s k", f"{tmp_path}/s k").split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_command_there_is_help() -> None:
+    done = run()
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr == run("--help").stdout
+    for name in COMMANDS:
+        assert re.search(rf"^    {name} +\w", done.stderr.decode(), re.M), name
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_an_example(name: str) -> None:
+    done = run(name, "--help")
+    assert done.returncode == 0
+    assert f"example: logkv {name} " in " ".join(done.stdout.decode().split())
+
+
+def test_version() -> None:
+    assert run("--version").stdout.decode() == f"logkv {logkv.__version__}\n"
+
+
+@pytest.mark.parametrize("command", [["put", "k", "v"], ["delete", "k"], ["import", "-"]])
+def test_locked(command: list[str], path: str) -> None:
+    with logkv.open(path):
+        said = fails(command[0], path, *command[1:], "--timeout", "0.1", given=b'{"key": "k", "value": "v"}')
+    assert f"pid {os.getpid()}" in said and "0.1 s" in said
+
+
+def test_a_writer_that_waits(path: str) -> None:
+    db = logkv.open(path)
+    db["k"] = "old"
+    with started("put", path, "k", "new", "--timeout", str(LIMIT)) as process:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        db.close()
+        assert process.wait(LIMIT) == 0
+    assert run("get", path, "k").stdout == b"new"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize("command", ["get STORE key/7", "export STORE", "export STORE /dev/full", "stats STORE"])
+def test_a_full_disk(command: str, filled: str) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([*LOGKV, *command.replace("STORE", filled).split()], env=environment(), stdout=full,
+                              stderr=subprocess.PIPE, timeout=LIMIT, check=False)
+    assert (done.returncode, done.stderr) == (2, b"logkv: No space left on device\n")
+
+
+def test_a_reader_that_goes(filled: str) -> None:
+    with started("export", filled, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline().startswith(b'{"key": ')
+        process.stdout.close()
+        assert process.wait(LIMIT) == 128 + signal.SIGPIPE
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize("command", ["get STORE key/7", "export STORE", "stats STORE", "import STORE - --json"])
+def test_nobody_reads(command: str, filled: str) -> None:
+    end, output = os.pipe()
+    os.close(end)
+    with open(output, "wb") as pipe:
+        done = subprocess.run([*LOGKV, *command.replace("STORE", filled).split()], env=environment(), stdout=pipe,
+                              input=b'{"key": "k", "value": "v"}\n', stderr=subprocess.PIPE, timeout=LIMIT, check=False)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_interrupt(path: str) -> None:
+    with started("import", path, "-", "--json", stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        process.stdin.write(b'{"key": "a", "value": "1"}\n{"key": "b", "value": "2"}\n')
+        process.stdin.flush()
+        assert process.stdout.readline() == b'{"acked": 2}\n'
+        process.send_signal(signal.SIGINT)
+        assert process.wait(LIMIT) == 130
+        assert process.stderr.read() == b"logkv: interrupted: 2 rows stored\n"
+    assert logkv.verify(path).ok
+    with logkv.open(path) as db:
+        assert dict(db) == {b"a": b"1", b"b": b"2"} and db.stats()["cut_bytes"] == 0
+
+
+@pytest.mark.parametrize("problem, said", [
+    (ValueError("two\nlines"), "two lines"), (KeyboardInterrupt(), "KeyboardInterrupt"),
+    (OSError(28, "No space left on device", "/a/b"), "No space left on device: /a/b"),
+    (OSError(28, "No space left on device", b"/a/b"), "No space left on device: /a/b"),
+])
+def test_explain(problem: BaseException, said: str) -> None:
+    assert terminal.explain(problem) == said
+
+
+# -- stores with a codec --------------------------------------------------------------------------------
+
+
+def test_codec(path: str) -> None:
+    with logkv.open(path, codec="json") as db:
+        db["btc"] = {"close": 4411.99}
+    assert run("get", path, "btc").stdout == b'{"close":4411.99}'
+    assert run("put", path, "eth", '{"close": 303}').returncode == 0
+    assert "not right for codec 'json'" in fails("put", path, "eth", '{"close": 303')
+    assert "not right for codec 'json'" in fails("put", path, "eth", b"\xff")
+    assert fails("put", path, 65_536 * "k", "1").startswith("a key has at most 65,535 bytes")
+    assert run("delete", path, "btc").returncode == 0
+    with logkv.open(path, codec="json") as db:
+        assert dict(db.items()) == {b"eth": {"close": 303}}
+    assert json.loads(run("stats", path, "--json").stdout)["codec"] == "json"
+    assert run("verify", path).returncode == 0
+
+
+def test_codec_that_cannot_be_checked(path: str) -> None:
+    with logkv.open(path, codec="pickle") as db:
+        db["btc"] = db["eth"] = ("4411.99",)
+        stored = db.copy()
+    assert "'pickle'" in fails("put", path, "btc", "4411.99")
+    assert run("delete", path, "eth").returncode == 0
+    with logkv.open(path, codec="pickle") as db:
+        assert dict(db.items()) == {b"btc": stored[b"btc"]}
+
+
+# -- stats and verify -----------------------------------------------------------------------------------
+
+
+def test_stats(filled: str) -> None:
+    facts = json.loads(run("stats", filled, "--json").stdout)
+    with logkv.Reader(filled) as reader:
+        expected = reader.stats()
+    assert {name: facts[name] for name in ("keys", "live_bytes", "dead_bytes", "last_version", "cut_bytes")} == {
+        name: expected[name] for name in ("keys", "live_bytes", "dead_bytes", "last_version", "cut_bytes")}
+    assert facts["writer"] is None
+    states = [segment["state"] for segment in facts["segments"]]
+    assert len(states) > 3 and states.count("active") == 1
+    text = run("stats", filled).stdout.decode()
+    assert re.search(r"^keys +10,000$", text, re.M) and re.search(r"^writer +none$", text, re.M)
+    drawn = re.findall(r"^(\d+) +(\w+) +([\d,]+)  █+░*", text, re.M)
+    assert drawn == [(str(s["number"]), s["state"], f"{s['bytes']:,}") for s in facts["segments"]]
+    with logkv.open(filled):
+        assert json.loads(run("stats", filled, "--json").stdout)["writer"] == os.getpid()
+        assert re.search(rf"^writer +pid {os.getpid()}$", run("stats", filled).stdout.decode(), re.M)
+
+
+def test_stats_of_many_segments(path: str) -> None:
+    with logkv.open(path, segment_size=1 << 16) as db:
+        for number in range(30):
+            db[str(number)] = bytes(60_000)
+        expected = len(db.stats()["segments"])
+    text = run("stats", path).stdout.decode()
+    older = re.search(r"^(\d+) older +sealed", text, re.M)
+    assert older and int(older[1]) == expected - 20 > 0
+    assert len(re.findall(r"^\d+ +(?:sealed|full|active|next) ", text, re.M)) == 20
+
+
+def test_stats_of_an_empty_store(path: str) -> None:
+    logkv.open(path).close()
+    text = run("stats", path).stdout.decode()
+    assert re.search(r"^keys +0$", text, re.M) and re.search(r"^last write +never$", text, re.M)
+
+
+def test_verify(filled: str) -> None:
+    done = run("verify", filled)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode().startswith(f"{filled} is whole: 10,000 keys, ")
+    report = json.loads(run("verify", filled, "--json").stdout)
+    assert report["ok"] is True and report["problems"] == [] and report["keys"] == 10_000
+
+    segment = sorted(Path(filled).glob("*.seg"))[1]
+    with segment.open("r+b") as file:
+        file.seek(file.read().index(b" -----") + 10)
+        file.write(b"+")
+    done = run("verify", filled)
+    assert (done.returncode, done.stderr) == (1, b"")
+    problem, *_, verdict = done.stdout.decode().splitlines()
+    assert segment.name in problem and "offset" in problem and "expected" in problem and "found" in problem
+    assert f"{filled} is damaged: 1 problem in " in verdict
+    done = run("verify", filled, "--json")
+    report = json.loads(done.stdout)
+    assert done.returncode == 1 and report["ok"] is False
+    assert [found["file"] for found in report["problems"]] == [segment.name]
+
+
+# -- what is seen ---------------------------------------------------------------------------------------
+
+
+def test_terminal_with_rich(filled: str, tmp_path: Path) -> None:
+    pytest.importorskip("rich")
+    drawn = on_terminal("export", filled, tmp_path / "all.jsonl")
+    assert "\x1b[" in drawn and "export" in drawn and "10,000 records" in drawn and "100%" in drawn
+    assert "━" in drawn
+    assert "\x1b[1" in on_terminal("stats", filled)
+    assert "━" in on_terminal("verify", filled)
+
+
+def test_terminal_without_rich(filled: str, tmp_path: Path) -> None:
+    drawn = on_terminal("export", filled, tmp_path / "all.jsonl", command=BARE)
+    assert re.search(r"\rexport: 10,000 records, [\d,]+/s, 100%, 0 s left\x1b\[K\r\n10,000 records written", drawn)
+    assert on_terminal("stats", filled, command=BARE) == run("stats", filled).stdout.decode().replace("\n", "\r\n")
+    assert "\rverify: " in on_terminal("verify", filled, command=BARE)
+
+
+def test_everything_works_without_rich(tmp_path: Path) -> None:
+    store, file = tmp_path / "store", tmp_path / "rows.csv"
+    file.write_text("k,v\na,1\n")
+    for arguments in (["put", store, "b", "2"], ["import", store, file, "--key", "k", "--value", "v"], ["stats", store],
+                      ["verify", store], ["export", store, tmp_path / "out.jsonl"], ["delete", store, "b"]):
+        done = run(*arguments, command=BARE)
+        assert (done.returncode, done.stderr) == (0, b""), arguments
+    assert run("get", store, "a", command=BARE).stdout == b"1"
+
+
+def test_output_that_is_no_terminal_is_plain(filled: str) -> None:
+    for command in ("stats", "verify"):
+        done = run(command, filled)
+        assert b"\x1b" not in done.stdout and done.stderr == b""
+
+
+@pytest.mark.parametrize("line, expected", [
+    ("logkv im", ["import"]), ("logkv import store file --sk", ["--skip-bad"]),
+    ("logkv import store file --format ", ["csv", "jsonl"]), ("logkv get pri", ["prices.db/"]),
+])
+def test_completion(line: str, expected: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("argcomplete")
+    (tmp_path / "prices.db").mkdir()
+    asked = environment(_ARGCOMPLETE="1", _ARGCOMPLETE_IFS="\n", _ARGCOMPLETE_STDOUT_FILENAME=str(tmp_path / "answer"),
+                        _ARGCOMPLETE_SHELL="bash", COMP_LINE=line, COMP_POINT=str(len(line)))
+    subprocess.run(LOGKV, env=asked, cwd=tmp_path, check=True, timeout=LIMIT)
+    answer = (tmp_path / "answer").read_text().split("\n")
+    assert [word.rstrip() for word in answer] == expected
+
+
+@pytest.mark.parametrize("number, text", [
+    (0, "0 B"), (999, "999 B"), (1_000, "1 kB"), (4_650_000, "4.65 MB"), (999_600, "1 MB"), (3e9, "3 GB"),
+    (8e12, "8 TB"), (8e15, "8,000 TB"),
+])
+def test_sizes(number: float, text: str) -> None:
+    assert terminal.size(number) == text
+
+
+# -- the page -------------------------------------------------------------------------------------------
+
+
+def test_the_page(tmp_path: Path) -> None:
+    """Every command of the page, from top to bottom, in one shell."""
+    blocks = re.findall(r"^```console\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+    steps = [(re.sub(r"^> ", "", typed, flags=re.M), shown) for block in blocks
+             for typed, shown in re.findall(r"^\$ (.*\n(?:> .*\n)*)((?:(?!\$ ).*\n)*)", block, re.M)]
+    assert len(steps) > 20
+    script = 'logkv() { "$PYTHON" -m logkv "$@"; }\n' + "".join(
+        f"{typed}status=$?; printf '\\n@@@\\n'; (exit $status)\n" for typed, _ in steps)
+    done = subprocess.run(["bash"], input=script, env=environment(PYTHON=sys.executable), cwd=tmp_path, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=LIMIT, check=False)
+    for (typed, shown), said in zip(steps, done.stdout.removesuffix("@@@\n").split("@@@\n"), strict=True):
+        same = doctest.OutputChecker().check_output(shown.strip("\n") + "\n", said.strip("\n") + "\n", doctest.ELLIPSIS)
+        assert same, f"$ {typed}{said}"
+
+
+def test_main_returns_a_status(path: str, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    assert main(["put", path, "a", "1"]) == 0
+    assert main(["get", path, "a"]) == 0
+    assert main(["get", path, "b"]) == 1
+    assert main(["get", path + "/missing", "b"]) == 2
+    assert capsysbinary.readouterr().out == b"1"
