@@ -62,6 +62,10 @@ class Worker:
                     return None
             return None
 
+    def runs_here(self) -> bool:
+        """Whether the calling thread is the worker's."""
+        return self._thread is threading.current_thread()
+
     def stop(self) -> None:
         """Drops what is waiting and returns when the thread has finished what it was at."""
         with self._wake:

@@ -10,7 +10,8 @@ import os
 import secrets
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from logkv import _core, files, manifest
@@ -20,6 +21,8 @@ from logkv.manifest import Manifest, Segment
 from logkv.opening import START, Opening, Options, file_step
 from logkv.worker import Worker
 
+PATIENCE = 0.05     # seconds after which the worker, where it waits, looks whether the store is being closed
+
 _alive: weakref.WeakSet[Writing] = weakref.WeakSet()    # also those that are just being opened or closed
 
 
@@ -27,7 +30,8 @@ class Writing(Opening):
     """A store, open for writing, shared by all handles of the process that write it.
 
     Locks are taken in the order `_seal_lock`, `_sync_lock`, `_lock`; a put's fast path takes none of them.  They may
-    be taken twice, for a signal's handler or a finalizer may close the store in the middle of anything.
+    be taken twice, for a signal's handler or a finalizer may close the store in the middle of anything; the worker,
+    whose end it waits for then, gives up what it would have to wait for.
     """
 
     def __init__(self, directory: files.Directory, options: Options, *, create: bool, timeout: float,
@@ -45,6 +49,23 @@ class Writing(Opening):
     def _open(self) -> None:
         super()._open()
         self._request_sealing()
+
+    def _holding(self, lock: threading.RLock) -> AbstractContextManager[Any]:
+        """The lock, for a `with` statement.  On the worker's thread: ClosedError if the store is closed meanwhile."""
+        return self._patiently(lock) if self._worker.runs_here() else lock     # which no signal's exception can leak
+
+    @contextmanager
+    def _patiently(self, lock: threading.RLock) -> Iterator[None]:
+        while not lock.acquire(timeout=PATIENCE):
+            self._give_way()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _give_way(self) -> None:
+        if self._closing:
+            raise ClosedError("the store is closed")
 
     # -- room in the log --------------------------------------------------------------------------------
 
@@ -99,7 +120,7 @@ class Writing(Opening):
 
     def _prepare(self, need: int = 0) -> None:
         """Makes the successor: its file on the device, then its name in the MANIFEST, before its first record."""
-        with self._lock:
+        with self._holding(self._lock):
             self._check_open()
             capacity = max(self.options.segment_size, START + _core.CONTINUES_SIZE + need)
             old = self._successor()
@@ -134,13 +155,13 @@ class Writing(Opening):
 
     def _seal_oldest(self) -> None:
         """Seals the oldest full segment: records synced, footer written, synced, then `sealed` in the MANIFEST."""
-        with self._seal_lock, files.full_disk_is_an_error(self.directory.path, "seal a full segment"):
+        with self._holding(self._seal_lock), files.full_disk_is_an_error(self.directory.path, "seal a full segment"):
             self._check_open()
             full = self._full_segments()
             if not full:
                 return
             segment = full[0]
-            with self._lock:
+            with self._holding(self._lock):
                 following = self.manifest.segments[self.manifest.segments.index(segment) + 1]
                 fd, following_fd = self._fd_of(segment), self._fd_of(following)
                 self.map_segment(segment)
@@ -150,13 +171,13 @@ class Writing(Opening):
                 link = _core.read_link(self.log, following.chunk)
                 assert link is not None and link[0] == segment.number
                 end = link[1]
-            with self._sync_lock:
+            with self._holding(self._sync_lock):
                 self._sync_fd(fd)
                 self._sync_fd(following_fd)     # a segment behind a sealed one begins with its link, whatever happens
             footer, records, first, last = _core.build_footer(self.log, segment.chunk, end)
             files.allocate(fd, end + len(footer))
             files.write_at(fd, footer, end)
-            with self._sync_lock, self._lock:
+            with self._holding(self._sync_lock), self._holding(self._lock):
                 self._sync_fd(fd)
                 self._check_open()
                 new = self.manifest.copy()
@@ -180,7 +201,8 @@ class Writing(Opening):
         me = threading.get_ident()
         with self._turn:
             while self._leader not in (None, me) and (self._synced_version or 0) < version:
-                self._turn.wait()
+                if not self._turn.wait(PATIENCE) and self._worker.runs_here():
+                    self._give_way()
             if (self._synced_version or 0) >= version:
                 return
             self._leader = me
@@ -192,20 +214,20 @@ class Writing(Opening):
                 self._turn.notify_all()
 
     def _sync_now(self) -> None:
-        with self._sync_lock:
+        with self._holding(self._sync_lock):
             if self.log.closed:
                 raise ClosedError("the store is closed")
             if not self.writable:
                 raise ReadOnlyError("the store is open for reading only")
             if self.log.poisoned:
                 raise Error(self.log.poisoned)
-            with self._lock:
+            with self._holding(self._lock):
                 number, end = self.log.position
                 covered = self.log.state["version"]
                 fds = [self._fd_of(segment) for segment in [*self._full_segments(), self._active]]
             for fd in fds:
                 self._sync_fd(fd)
-            with self._lock:
+            with self._holding(self._lock):
                 self.log.note_durable(number, end)
                 self.log.synced(covered)
                 self._synced_version = _core.append_mark(self.log, number, end, covered)
