@@ -17,12 +17,19 @@ from logkv.errors import (
     ReadOnlyError,
     error,
 )
-from logkv.store import Reader, Store, Writer, open
-from logkv.verification import verify
+
+try:
+    from logkv.store import Reader, Store, Writer, open
+    from logkv.verification import Problem, Report, verify
+except ModuleNotFoundError as problem:
+    if problem.name == "logkv._core":
+        problem.msg = (f"{__path__[0]} is LogKV's source, which is not built: run Python in another directory, or build it "
+                       "here with `pip install -e .`")
+    raise
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ClosedError", "CorruptionError", "Error", "FormatError", "LockedError", "NotFoundError", "ReadOnlyError",
-    "Reader", "Store", "Writer", "error", "open", "verify",
+    "Problem", "Reader", "Report", "Store", "Writer", "error", "open", "verify",
 ]

@@ -113,5 +113,5 @@ def check_name(asked: str | None, stored: str | None, path: str) -> None:
     """Raises ValueError if a store whose MANIFEST names the codec `stored` is not to be opened with the one asked for."""
     if asked != stored:
         names = ["plain bytes" if name is None else f"codec {name!r}" for name in (stored, asked)]
-        raise ValueError(f"{path} holds values of {names[0]}; it cannot be opened for {names[1]} "
-                         '(to read the bytes as they are stored: codec="bytes")')
+        hint = "" if stored is None else ' (logkv.Reader(path, codec="bytes") reads the bytes as they are stored)'
+        raise ValueError(f"{path} holds values of {names[0]}; it cannot be opened for {names[1]}{hint}")

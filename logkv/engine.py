@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -319,4 +320,7 @@ def no_store(directory: files.Directory) -> Error:
     if recovery.has_records(directory):
         return CorruptionError("the MANIFEST is missing, but there are segments", expected="a MANIFEST", found="none",
                                path=os.path.join(directory.path, files.MANIFEST))
-    return NotFoundError(2, "there is no store in this directory", directory.path)
+    if directory.removed():
+        return NotFoundError(errno.ENOENT, "the store's directory was removed while it was open; what is there now must be "
+                             "opened again", directory.path)
+    return NotFoundError(errno.ENOENT, "there is no store in this directory", directory.path)

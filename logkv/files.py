@@ -95,6 +95,10 @@ class Directory:
             os.close(self.fd)
             self.fd = -1
 
+    def removed(self) -> bool:
+        """Whether the directory has no name any more."""
+        return os.fstat(self.fd).st_nlink == 0
+
     def identity(self) -> tuple[int, int]:
         """Device and inode."""
         status = os.fstat(self.fd)

@@ -172,7 +172,7 @@ class _Verification:
     def _check_log(self, engine: Engine | None) -> None:
         self.log = _core.Log(self, self.current.identity, self.current.seed, False)
         try:
-            active, end, _ = (0, 0, 0) if engine is None else engine.log.restore_state()
+            active, end, self.scanned = (0, 0, 0) if engine is None else engine.log.restore_state()
             segments = self.current.segments
             sizes = [self._map(segment) for segment in segments]
             done, total = 0, sum(sizes)
@@ -285,10 +285,15 @@ class _Verification:
                 self._say_why_not(engine)
                 return
             if state["version"] == version:
+                if version != self.scanned:
+                    self.report.notes.append("the store was written to meanwhile: its records are those of the beginning, "
+                                             "its keys those of the end")
                 self.report.keys = state["keys"]
                 self._compare(engine, array("Q", entries), array("Q", expected), lost)
                 return
-        self.report.notes.append("the index was not compared with the log: the store was written to all the time")
+        self.report.keys = engine.log.state["keys"]
+        self.report.notes.append("the index was not compared with the log: the store was written to all the time; its keys "
+                                 "were counted at the end, its records as of the beginning")
 
     def _say_why_not(self, engine: Engine) -> None:
         """The index is not in use: damaged, or only of no use after a power cut or in a copy."""

@@ -227,6 +227,8 @@ class Writing(Opening):
                 fds = [self._fd_of(segment) for segment in [*self._full_segments(), self._active]]
             for fd in fds:
                 self._sync_fd(fd)
+            if self.directory.removed():
+                raise Error(errno.ENOENT, "the store's directory was removed: nothing of it is kept", self.directory.path)
             with self._holding(self._lock):
                 self.log.note_durable(number, end)
                 self.log.synced(covered)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -346,3 +347,19 @@ def test_popitem_empties_a_store(path: str) -> None:
         assert len(seen) == 20_000 and not db
         with pytest.raises(KeyError, match="empty"):
             db.popitem()
+
+
+def test_a_directory_that_is_removed_under_its_writer(path: str) -> None:
+    db = logkv.open(path)
+    reader = logkv.Reader(path)
+    db["a"] = "1"
+    shutil.rmtree(path)
+    with pytest.raises(logkv.Error, match="removed"):
+        db.sync()
+    with pytest.raises(logkv.Error, match="removed"):
+        db.close()
+    with logkv.open(path) as again:         # nothing of the old one is in the way
+        again["b"] = "2"
+    with pytest.raises(logkv.NotFoundError, match="opened again"):
+        reader.refresh()
+    reader.close()

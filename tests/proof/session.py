@@ -86,6 +86,9 @@ class Later:
     def call_later(self, delay: float, method: Callable[[], None]) -> None:
         self.call(method)
 
+    def runs_here(self) -> bool:
+        return False
+
     def stop(self) -> None:
         self._waiting.clear()
 
