@@ -1,19 +1,21 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 # cython: embedsignature=True, embedsignature.format=python, auto_pickle=False, autotestdict=False
+# cython: freethreading_compatible=True
 """The C-speed part of LogKV: records, the offset hash index, the log scan.  It never sees a path.
 
 Imports point one way: logkv.engine hands files to a `Log` as descriptors; a `Log` asks its owner (the engine)
 for what only files can give: room, another segment, another index.  The handles at the end are the base classes of
 `logkv.Store`, `Writer` and `Reader`.
 
-Every function over the structs below runs under the GIL or on data that nobody else has yet; what other
-processes read is published by one aligned 8-byte store.
+Whoever changes the structs below holds the log's mutex (the GIL, where there is one), and reads are between `read_begin`
+and `read_end`; what other threads and processes read is published by one aligned 8-byte store.
 """
 
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_Check, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.ref cimport PyObject
 from cpython.unicode cimport PyUnicode_Check
 from libc.errno cimport ENOMEM, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -38,4 +40,5 @@ include "order.pxi"     # entries in key order: footers
 include "handle.pxi"    # what users hold: mapping methods and iterators
 include "verify.pxi"    # reads everything, believes nothing
 
+os.register_at_fork(after_in_child=forget_threads)
 crc32c_setup()

@@ -1,35 +1,33 @@
 # What users hold.  The classes of logkv.store derive from these and keep the speed of their C slots.
 
-cdef inline bytes record_value(Log log, record_view *r, uint64_t location):
-    """A record's value; a long one's checksum is compared here."""
-    if r.value_length > VALUE_CRC_ABOVE:
-        check_value(log, r, location)
-    return PyBytes_FromStringAndSize(<const char *> r.value, r.value_length)
+cdef extern from "Python.h":
+    PyObject *new_bytes "PyBytes_FromStringAndSize" (const char *data, Py_ssize_t size)
+    void Py_DECREF(PyObject *thing)
+    void Py_XDECREF(PyObject *thing)
 
 
-cdef inline object decoded(bytes value, decode):
+cdef inline object owned(PyObject *thing):
+    """An object from a reference that is ours."""
+    cdef object taken = <object> thing
+    Py_DECREF(thing)
+    return taken
+
+
+cdef inline object decoded(value, decode):
     return value if decode is None else decode(value)
 
 
-cdef int check_value(Log log, record_view *r, uint64_t location) except -1:
-    cdef Chunk *chunk = &log.chunks[location >> CHUNK_UNIT_SHIFT]
-    cdef uint64_t offset = (location - chunk.origin) << LOCATION_UNIT_SHIFT
-    cdef int status = record_unpack(r, chunk.base + offset, chunk.limit - offset, chunk.salt, offset, True)
-    if status != RECORD_OK:
-        log.trouble_status = status
-        log.trouble_expected, log.trouble_found = r.crc, r.found
-        raise_damage(log, location)
-    return 0
+cdef inline Log opened(ReadHandle handle):
+    if handle.log is None or atomic_load(&handle.let_go):
+        raise ClosedError("the store is closed")
+    return handle.log
 
 
 cdef inline int current(Log log) except -1:
-    """Before every read: the handle is open, and the index is still the one to use."""
+    """Before every read: the log is open, and the index is still the one to use."""
     cdef control_page *c
-    if log is None:
-        raise ClosedError("the store is closed")
-    while log.attention:
-        log.check_open()
-        log.owner._await_turn()
+    if atomic_load(&log.attention):
+        look_closer(log)
     c = log.control
     if not log.writable and c != NULL and (
             atomic_load(&c.index_nonce) != log.nonce or atomic_load(&c.epoch) != log.epoch or
@@ -39,26 +37,80 @@ cdef inline int current(Log log) except -1:
     return 0
 
 
-cdef inline int find(Log log, Bytes key, Probe *p) except -1:
+cdef int look_closer(Log log) except -1:
+    """Returns when the index is there to be read."""
+    while atomic_load(&log.attention):
+        log.check_open()
+        log.owner._await_turn()
+    return 0
+
+
+cdef inline int look(Log log, Bytes key, uint64_t h, Probe *p, Trouble *t) noexcept nogil:
+    """Between `read_begin` and `read_end`."""
+    if atomic_load(&log.attention):
+        return LOOK_CLOSER
+    return probe(log, key.data, key.size, h, 0, p, False, t)
+
+
+cdef inline int find(Log log, Bytes key, uint64_t *location) except -1:
     """FOUND or MISSING, by one probe of the index and one look at the record."""
     cdef uint64_t h
-    cdef int status
-    if key.size > KEY_MAX:
-        current(log)
-        return MISSING
-    while True:
-        current(log)
+    cdef Probe p
+    cdef Trouble t
+    cdef int status = MISSING
+    current(log)
+    if key.size <= KEY_MAX:
         h = siphash13(log.seed, key.data, key.size)
-        status = probe(log, key.data, key.size, h, 0, p, False)
-        if status >= 0:
-            return status
-        settle(log, status)
+        while True:
+            read_begin()
+            status = look(log, key, h, &p, &t)
+            read_end()
+            if status >= 0:
+                break
+            settle(log, status, &t)
+            current(log)
+    location[0] = p.location
+    return status
+
+
+cdef inline int fetch(Log log, Bytes key, PyObject **value, uint64_t *location) except -1:
+    """FOUND, and the value as a new reference to bytes, or MISSING."""
+    cdef uint64_t h
+    cdef Probe p
+    cdef Trouble t
+    cdef int status = MISSING
+    current(log)
+    if key.size <= KEY_MAX:
+        h = siphash13(log.seed, key.data, key.size)
+        while True:
+            read_begin()
+            status = look(log, key, h, &p, &t)
+            if status == FOUND:
+                status = copy_value(log, &p.record, value, &t)
+            read_end()
+            if status >= 0:
+                break
+            settle(log, status, &t)
+            current(log)
+    location[0] = p.location
+    return status
+
+
+cdef inline int copy_value(Log log, record_view *r, PyObject **value, Trouble *t) noexcept:
+    """The value of a record that was read, as new bytes; a long one's checksum is compared here."""
+    cdef int status = check_value(log, r, t)
+    if status == FOUND:
+        value[0] = new_bytes(<const char *> r.value, r.value_length)
+        if value[0] == NULL:
+            return NO_MEMORY
+    return status
 
 
 cdef class ReadHandle:
     """The reading half of a mapping of bytes to bytes, or to what a codec makes of them."""
     cdef:
-        Log log
+        Log log                     # stays what it is: another thread may be using it
+        uint64_t let_go             # this handle was closed
         object encode, decode       # of the values; None where they are bytes
 
     def __class_getitem__(cls, item):
@@ -69,21 +121,21 @@ cdef class ReadHandle:
         self.encode, self.decode = encode, decode
 
     def _detach(self) -> None:
-        self.log = None
+        atomic_store(&self.let_go, True)
 
     @property
     def closed(self) -> bool:
         """Whether this handle was closed."""
-        return self.log is None or self.log.closed
+        return self.log is None or bool(self.let_go) or self.log.closed
 
     def __getitem__(self, key):
-        cdef Log log = self.log         # another thread may close this handle meanwhile
         cdef Bytes k
-        cdef Probe p
+        cdef PyObject *value
+        cdef uint64_t location
         key_bytes(key, &k)
-        if find(log, k, &p) == MISSING:
+        if fetch(opened(self), k, &value, &location) == MISSING:
             raise KeyError(key)
-        return decoded(record_value(log, &p.record, p.location), self.decode)
+        return decoded(owned(value), self.decode)
 
     def get(self, key, default=None):
         """The value of `key`, or `default`.
@@ -91,34 +143,33 @@ cdef class ReadHandle:
         One probe of the index and one read of the log; the record's checksum is compared.  Raises TypeError if the
         key is neither bytes nor str, CorruptionError if the record is damaged, ClosedError.
         """
-        cdef Log log = self.log
         cdef Bytes k
-        cdef Probe p
+        cdef PyObject *value
+        cdef uint64_t location
         key_bytes(key, &k)
-        if find(log, k, &p) == MISSING:
+        if fetch(opened(self), k, &value, &location) == MISSING:
             return default
-        return decoded(record_value(log, &p.record, p.location), self.decode)
+        return decoded(owned(value), self.decode)
 
     def __contains__(self, key):
-        cdef Log log = self.log
         cdef Bytes k
-        cdef Probe p
+        cdef uint64_t location
         key_bytes(key, &k)
-        return find(log, k, &p) == FOUND
+        return find(opened(self), k, &location) == FOUND
 
     def __len__(self):
-        cdef Log log = self.log
+        cdef index_state s
+        cdef Log log = opened(self)
         current(log)
-        if not log.writable:
-            log.load_state()
-        return log.keys
+        log.current_state(&s)
+        return s.keys
 
     def __iter__(self):
         return self._iterate(0)
 
     def _iterate(self, int what, bint holding=True):
         """An iterator over keys (0), values (1) or pairs (2).  `holding`: it keeps the handle, which stays open so."""
-        cdef Log log = self.log
+        cdef Log log = opened(self)
         current(log)
         return StoreIterator(log, what, self.decode, self if holding else None)
 
@@ -139,9 +190,7 @@ cdef class WriteHandle(ReadHandle):
         cdef Bytes k, v
         cdef Py_buffer view
         cdef bint taken
-        cdef Log log = self.log
-        if log is None:
-            raise ClosedError("the store is closed")
+        cdef Log log = opened(self)
         key_bytes(key, &k)
         if self.encode is not None:
             value = self.encode(value)
@@ -153,40 +202,41 @@ cdef class WriteHandle(ReadHandle):
                 PyBuffer_Release(&view)
 
     def __setitem__(self, key, value):
-        cdef Log log = self.log
         cdef Bytes k, v
-        if log is not None and self.encode is None and PyBytes_Check(value):
+        if self.encode is None and PyBytes_Check(value):
             key_bytes(key, &k)
             v.data, v.size = <const uint8_t *> PyBytes_AS_STRING(value), PyBytes_GET_SIZE(value)
-            put(log, k, v)
+            put(opened(self), k, v)
         else:
             self.put(key, value)
 
     def delete(self, key) -> bool:
         """Removes `key`; False if it was not there.  Durability and errors as for `put`."""
-        cdef Log log = self.log
         cdef Bytes k
-        if log is None:
-            raise ClosedError("the store is closed")
         key_bytes(key, &k)
-        return delete(log, k, None) != 0
+        return delete(opened(self), k, 0) != 0
 
     def __delitem__(self, key):
         if not self.delete(key):
             raise KeyError(key)
 
     def _pop(self, key) -> list:
-        """[value] of a key that is deleted at once, or []."""
+        """[value] of a key that is deleted at once, or [].  One that cannot be decoded raises, and stays."""
         cdef Bytes k
-        cdef list popped = []
-        cdef Log log = self.log
-        if log is None:
-            raise ClosedError("the store is closed")
+        cdef PyObject *raw
+        cdef uint64_t location, version
+        cdef Log log = opened(self)
+        check_writable(log)
         key_bytes(key, &k)
-        if self.decode is not None:
-            ReadHandle.get(self, key)           # a value that cannot be decoded raises here, and stays
-        delete(log, k, popped)
-        return [decoded(value, self.decode) for value in popped]
+        while True:
+            if fetch(log, k, &raw, &location) == MISSING:
+                return []
+            value = decoded(owned(raw), self.decode)
+            version = delete(log, k, location)
+            if version > CHANGED_VERSION:
+                return [value]
+            if version == 0:
+                return []
 
 
 cdef uint64_t PREFETCH_AHEAD = 12
@@ -208,6 +258,7 @@ cdef class StoreIterator:
         uint64_t cursor         # the first hash that was not copied yet
         uint64_t seq            # of the state when the shard was copied
         uint64_t clears         # of the log
+        uint64_t indexes        # of the log when the shard was copied
         uint64_t *locations
         size_t at, count, room
 
@@ -225,9 +276,15 @@ cdef class StoreIterator:
         return self
 
     def __next__(self):
+        with cython.critical_section(self):
+            return self.following()
+
+    cdef following(self):
         cdef record_view r
-        cdef Probe p
+        cdef Trouble t
         cdef Bytes key
+        cdef PyObject *found_key = NULL
+        cdef PyObject *found_value = NULL
         cdef uint64_t location
         cdef int status
         while True:
@@ -241,81 +298,122 @@ cdef class StoreIterator:
                 self.copy_shard()
                 continue
             location = self.locations[self.at]
-            if self.at + PREFETCH_AHEAD < self.count:
-                prefetch_record(self.log, self.locations[self.at + PREFETCH_AHEAD])
-            status = read_record(self.log, location, &r)
-            if status < 0:
+            read_begin()
+            status = self.read(location, &r, &found_key, &found_value, &t)
+            read_end()
+            if status < 0 and status != CHANGED:
                 try:
-                    settle(self.log, status)
+                    settle(self.log, status, &t)
                 except BaseException:
                     self.at += 1                # the next call goes on behind this record
                     raise
                 continue
             self.at += 1
-            if atomic_load(&self.log.index.page.seq) != self.seq:
-                found = PyBytes_FromStringAndSize(<const char *> r.key, r.key_length)  # `find` may unmap the record
-                key_bytes(found, &key)
-                if find(self.log, key, &p) == MISSING:
+            key_object = owned(found_key) if found_key != NULL else None
+            found_key = NULL
+            if status == CHANGED:               # since its shard was copied: it is looked up again
+                key_bytes(key_object, &key)
+                if self.what == 0:
+                    if find(self.log, key, &location) == MISSING:
+                        continue
+                elif fetch(self.log, key, &found_value, &location) == MISSING:
                     continue
-                r, location = p.record, p.location
-            return self.item(&r, location)
-
-    cdef inline object item(self, record_view *r, uint64_t location):
-        cdef bytes key = None
-        if self.what != 1:
-            key = PyBytes_FromStringAndSize(<const char *> r.key, r.key_length)
             if self.what == 0:
-                return key
-        value = decoded(record_value(self.log, r, location), self.decode)
-        return value if self.what == 1 else (key, value)
+                return key_object
+            value = owned(found_value)
+            found_value = NULL
+            value = decoded(value, self.decode)
+            return value if self.what == 1 else (key_object, value)
+
+    cdef int read(self, uint64_t location, record_view *r, PyObject **key, PyObject **value, Trouble *t) noexcept:
+        """What of a record is asked for; where something was written since its location was copied, its key: CHANGED."""
+        cdef int status
+        cdef bint changed
+        if atomic_load(&self.log.attention):
+            return LOOK_CLOSER
+        t.indexes = self.indexes
+        if self.at + PREFETCH_AHEAD < self.count:
+            prefetch_record(self.log, self.locations[self.at + PREFETCH_AHEAD])
+        status = read_record(self.log, location, r, t)
+        if status != FOUND:
+            return status
+        changed = atomic_load(&current_index(self.log).page.seq) != self.seq
+        if changed or self.what != 1:
+            key[0] = new_bytes(<const char *> r.key, r.key_length)
+            if key[0] == NULL:
+                return NO_MEMORY
+        if changed:
+            return CHANGED
+        if self.what != 0:
+            status = copy_value(self.log, r, value, t)
+            if status != FOUND:
+                Py_XDECREF(key[0])
+                key[0] = NULL
+        return status
 
     cdef int copy_shard(self) except -1:
-        cdef uint64_t word, entry, bucket, value, after
-        cdef uint64_t *slots
-        cdef uint8_t *shard
-        cdef unsigned cls, i, depth
-        cdef size_t room
+        cdef Trouble t
         cdef int status
         while True:
             current(self.log)
-            self.seq = atomic_load(&self.log.index.page.seq)
-            status = find_entry(self.log, self.cursor, &word, &entry)
-            if status < 0:
-                if atomic_load(&self.log.index.header.directory) == word:
-                    settle(self.log, status)
-                continue
-            cls, depth = ENTRY_CLASS(entry), ENTRY_DEPTH(entry)
-            room = <size_t> SHARD_BUCKETS[cls] * BUCKET_SLOTS
-            if room > self.room:
+            read_begin()
+            status = LOOK_CLOSER if atomic_load(&self.log.attention) else self.copy_now(&t)
+            read_end()
+            if status == FOUND:
+                break
+            if status == NEED_PAGES:
                 free(self.locations)
                 self.room = 0
-                self.locations = <uint64_t *> malloc(2 * room * sizeof(uint64_t))
+                self.locations = <uint64_t *> malloc(2 * t.place * sizeof(uint64_t))
                 if self.locations == NULL:
                     raise MemoryError()
-                self.room = room
-            shard = self.log.index.base + ENTRY_PAGE(entry) * PAGE_BYTES
-            self.at = self.count = 0
-            for bucket in range(SHARD_BUCKETS[cls]):
-                slots = bucket_at(shard, bucket)
-                for i in range(BUCKET_SLOTS):
-                    value = atomic_load(slots + i)
-                    self.locations[self.count] = value & LOCATION_MASK
-                    self.count += value > SLOT_DELETED
-            if atomic_load(&self.log.index.header.directory) == word:
-                break
+                self.room = t.place
+            elif status != CHANGED:
+                settle(self.log, status, &t)
         sort_locations(self.locations, self.locations + self.room, self.count)
+        return 0
+
+    cdef int copy_now(self, Trouble *t) noexcept nogil:
+        """The locations in the shard at the cursor, which goes on; NEED_PAGES if there is no room for them."""
+        cdef uint64_t indexes = atomic_load(&self.log.indexes)
+        cdef Index *ix = current_index(self.log)
+        cdef uint64_t word, entry, bucket, value, after, seq = atomic_load(&ix.page.seq)
+        cdef uint64_t *slots
+        cdef uint8_t *shard
+        cdef unsigned cls, i, depth
+        cdef int status = find_entry(ix, self.cursor, &word, &entry, t)
+        if status < 0:
+            return status if atomic_load(&ix.header.directory) == word else CHANGED
+        cls, depth = ENTRY_CLASS(entry), ENTRY_DEPTH(entry)
+        if <size_t> SHARD_BUCKETS[cls] * BUCKET_SLOTS > self.room:
+            t.place = <size_t> SHARD_BUCKETS[cls] * BUCKET_SLOTS
+            return NEED_PAGES
+        shard = ix.base + ENTRY_PAGE(entry) * PAGE_BYTES
+        self.seq, self.indexes = seq, indexes
+        self.at = self.count = 0
+        for bucket in range(SHARD_BUCKETS[cls]):
+            slots = bucket_at(shard, bucket)
+            for i in range(BUCKET_SLOTS):
+                value = atomic_load(slots + i)
+                self.locations[self.count] = value & LOCATION_MASK
+                self.count += value > SLOT_DELETED
+        if atomic_load(&ix.header.directory) != word:
+            self.count = 0
+            return CHANGED
         after = (self.cursor >> (64 - depth)) + 1 if depth else 1
         self.last = after >> depth != 0
         self.cursor = after << (64 - depth) if depth else 0
-        return 0
+        return FOUND
 
 
 cdef inline void prefetch_record(Log log, uint64_t location) noexcept nogil:
-    cdef Chunk *chunk = &log.chunks[location >> CHUNK_UNIT_SHIFT]
-    cdef uint8_t *p = chunk.base + ((location - chunk.origin) << LOCATION_UNIT_SHIFT)
-    prefetch(p)
-    prefetch(p + 64)
-    prefetch(p + 128)
+    cdef Mapped *m = <Mapped *> atomic_load_pointer(<void **> &log.chunks[location >> CHUNK_UNIT_SHIFT])
+    cdef uint8_t *p
+    if m != NULL:
+        p = m.base + ((location - m.origin) << LOCATION_UNIT_SHIFT)
+        prefetch(p)
+        prefetch(p + 64)
+        prefetch(p + 128)
 
 
 cdef void sort_locations(uint64_t *items, uint64_t *spare, size_t n) noexcept nogil:

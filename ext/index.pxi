@@ -31,67 +31,88 @@ cdef inline uint64_t directory_pages(unsigned depth) noexcept nogil:
     return ((<uint64_t> 8 << depth) + PAGE_BYTES - 1) // PAGE_BYTES
 
 
-cdef inline int find_entry(Log log, uint64_t h, uint64_t *word, uint64_t *entry) noexcept nogil:
+cdef inline Index *current_index(Log log) noexcept nogil:
+    return <Index *> atomic_load_pointer(<void **> &log.index)
+
+
+cdef inline int find_entry(Index *ix, uint64_t h, uint64_t *word, uint64_t *entry, Trouble *t) noexcept nogil:
     """The directory's entry for a hash, checked against what is mapped."""
-    cdef Index *ix = &log.index
     cdef unsigned depth
-    cdef uint64_t page
+    cdef uint64_t page, pages = atomic_load(&ix.pages)
     word[0] = atomic_load(&ix.header.directory)
     depth = DIRECTORY_DEPTH(word[0])
     page = DIRECTORY_PAGE(word[0])
-    log.trouble = page
-    if depth > DIRECTORY_DEPTH_MAX or page + directory_pages(depth) > ix.pages:
+    t.place, t.known = page, pages
+    if depth > DIRECTORY_DEPTH_MAX or page + directory_pages(depth) > pages:
         return INDEX_GREW
     entry[0] = atomic_load(<uint64_t *> (ix.base + page * PAGE_BYTES) + ((h >> 1) >> (63 - depth)))
     if ENTRY_CLASS(entry[0]) >= SHARD_CLASSES or ENTRY_DEPTH(entry[0]) > depth or \
-            ENTRY_PAGE(entry[0]) + SHARD_PAGES[ENTRY_CLASS(entry[0])] > ix.pages:
-        log.trouble = ENTRY_PAGE(entry[0])
+            ENTRY_PAGE(entry[0]) + SHARD_PAGES[ENTRY_CLASS(entry[0])] > pages:
+        t.place = ENTRY_PAGE(entry[0])
         return INDEX_GREW
-    if ix.checked != NULL and ENTRY_PAGE(entry[0]) < ix.checked_pages and not ix.checked[ENTRY_PAGE(entry[0])]:
-        log.trouble = ENTRY_PAGE(entry[0])
+    if ix.checked != NULL and ENTRY_PAGE(entry[0]) < ix.checked_pages and not atomic_load_byte(&ix.checked[ENTRY_PAGE(entry[0])]):
+        t.place = ENTRY_PAGE(entry[0])
         return UNCHECKED
     return FOUND
 
 
-cdef inline int read_record(Log log, uint64_t location, record_view *r) noexcept nogil:
+cdef inline int read_record(Log log, uint64_t location, record_view *r, Trouble *t) noexcept nogil:
     """The record at a location: FOUND if header and key are right (a long value is not checked here)."""
-    cdef Chunk *chunk = &log.chunks[location >> CHUNK_UNIT_SHIFT]
-    cdef uint64_t offset = (location - chunk.origin) << LOCATION_UNIT_SHIFT
-    cdef const uint8_t *p = chunk.base + offset
+    cdef Mapped *m = <Mapped *> atomic_load_pointer(<void **> &log.chunks[location >> CHUNK_UNIT_SHIFT])
+    cdef uint64_t offset, limit
+    cdef const uint8_t *p
     cdef int status
-    if chunk.base == NULL or offset >= chunk.limit:
-        log.trouble = location
-        log.trouble_status = RECORD_TRUNCATED
+    t.place, t.known, t.status = location, 0, RECORD_TRUNCATED
+    if m == NULL:
         return UNMAPPED
+    offset = (location - m.origin) << LOCATION_UNIT_SHIFT
+    t.known = limit = atomic_load(&m.limit)
+    if offset >= limit:
+        return UNMAPPED
+    p = m.base + offset
     prefetch(p + 64)
     prefetch(p + 128)
-    status = record_unpack(r, p, chunk.limit - offset, chunk.salt, offset, False)
+    status = record_unpack(r, p, limit - offset, m.salt, offset, False)
     if status == RECORD_OK:
         return FOUND
-    log.trouble = location
-    log.trouble_status = status
-    log.trouble_expected = r.crc
-    log.trouble_found = r.found
+    t.status, t.expected, t.found = status, r.crc, r.found
     # A reader may not know yet how long the file has become; a writer does, and so does who rebuilds an index.
     return UNMAPPED if status == RECORD_TRUNCATED and not (log.writable or log.building) else DAMAGED
 
 
-cdef inline int probe(Log log, const uint8_t *key, size_t size, uint64_t h, uint64_t own, Probe *p,
-                      bint writing) noexcept nogil:
+cdef inline int check_value(Log log, record_view *r, Trouble *t) noexcept nogil:
+    """Of a record that was read: FOUND if its value is right too; a long one has a checksum of its own."""
+    cdef Mapped *m
+    cdef uint64_t offset
+    if r.value_length <= VALUE_CRC_ABOVE:
+        return FOUND
+    m = <Mapped *> atomic_load_pointer(<void **> &log.chunks[t.place >> CHUNK_UNIT_SHIFT])
+    if m == NULL:
+        return UNMAPPED
+    offset = (t.place - m.origin) << LOCATION_UNIT_SHIFT
+    t.status = record_unpack(r, m.base + offset, atomic_load(&m.limit) - offset, m.salt, offset, True)
+    t.expected, t.found = r.crc, r.found
+    return FOUND if t.status == RECORD_OK else DAMAGED
+
+
+cdef inline int probe(Log log, const uint8_t *key, size_t size, uint64_t h, uint64_t own, Probe *p, bint writing,
+                      Trouble *t) noexcept nogil:
     """Looks a key up.  With `writing` it also finds where a missing key would go.
 
     In a rebuild there is no key but the location of the record that is to be entered, `own` (else 0).
     """
-    cdef Index *ix = &log.index
+    cdef Index *ix
     cdef uint64_t word, entry, value, bucket, n, buckets, tag = h >> TAG_SHIFT
     cdef uint64_t *slots
     cdef unsigned cls, i
     cdef int status
     cdef bucket_view view
     cdef bint again
+    t.indexes = atomic_load(&log.indexes)
+    ix = current_index(log)
     while True:
         again = False
-        status = find_entry(log, h, &word, &entry)
+        status = find_entry(ix, h, &word, &entry, t)
         if status < 0:
             if atomic_load(&ix.header.directory) != word:
                 continue
@@ -113,9 +134,9 @@ cdef inline int probe(Log log, const uint8_t *key, size_t size, uint64_t h, uint
                     again = True            # it has just changed
                     break
                 p.location = value & LOCATION_MASK
-                status = read_record(log, p.location, &p.record)
+                status = read_record(log, p.location, &p.record, t)
                 if own and status != UNMAPPED:
-                    status = compare_own(log, &p.record, status, h, p.location, own)
+                    status = compare_own(log, &p.record, status, h, p.location, own, t)
                 elif status == FOUND:
                     status = p.record.key_length == size and memcmp(p.record.key, key, size) == 0
                 if status == MISSING:
@@ -129,7 +150,6 @@ cdef inline int probe(Log log, const uint8_t *key, size_t size, uint64_t h, uint
                 p.bucket = bucket
                 p.bucket_has_empty = view.empty != 0
                 if p.record.kind != KIND_PUT and not own:
-                    log.trouble = p.location
                     return NOT_A_PUT
                 return FOUND
             if writing and p.slot == NULL and view.empty | view.deleted:
@@ -143,7 +163,8 @@ cdef inline int probe(Log log, const uint8_t *key, size_t size, uint64_t h, uint
             return MISSING
 
 
-cdef int compare_own(Log log, record_view *r, int status, uint64_t h, uint64_t location, uint64_t own) noexcept nogil:
+cdef int compare_own(Log log, record_view *r, int status, uint64_t h, uint64_t location, uint64_t own,
+                     Trouble *t) noexcept nogil:
     """In a rebuild: whether the entry at `location` is for the key of the record at `own`; FOUND or MISSING.
 
     A damaged record has the hash that its segment's footer gives.  Where there is none its entry stays beside the
@@ -157,20 +178,19 @@ cdef int compare_own(Log log, record_view *r, int status, uint64_t h, uint64_t l
         return FOUND if footer_hash(log, location, &hash_there) and hash_there == h else MISSING
     if siphash13(log.seed, r.key, r.key_length) != h:
         return MISSING
-    if read_record(log, own, &mine) == FOUND:
+    if read_record(log, own, &mine, t) == FOUND:
         return mine.key_length == r.key_length and memcmp(mine.key, r.key, r.key_length) == 0
     return FOUND
 
 
 cdef bint footer_hash(Log log, uint64_t location, uint64_t *h) noexcept nogil:
     """What a footer that was read in this rebuild says of a record."""
-    cdef Chunk *chunk = &log.chunks[location >> CHUNK_UNIT_SHIFT]
-    cdef uint64_t i, unit = location - chunk.origin
-    chunk = &log.chunks[chunk.origin >> CHUNK_UNIT_SHIFT]
-    if chunk.entries != NULL:
-        for i in range(chunk.count):
-            if chunk.entries[i].unit == unit:
-                h[0] = chunk.entries[i].hash
+    cdef Mapped *m = log.chunks[location >> CHUNK_UNIT_SHIFT]
+    cdef uint64_t i
+    if m != NULL and m.entries != NULL:
+        for i in range(m.count):
+            if m.entries[i].unit == location - m.origin:
+                h[0] = m.entries[i].hash
                 return True
     return False
 
@@ -285,11 +305,11 @@ cdef bint place(uint8_t *shard, unsigned cls, uint64_t home, uint64_t value) noe
         bucket = bucket + 1 if bucket + 1 < SHARD_BUCKETS[cls] else 0
 
 
-cdef inline int rehash(Log log, uint64_t value, uint64_t *h) noexcept nogil:
+cdef inline int rehash(Log log, uint64_t value, uint64_t *h, Trouble *t) noexcept nogil:
     """A slot's whole hash, from the key in the log; the tag tells whether that key is undamaged."""
     cdef record_view r
-    cdef int status = read_record(log, value & LOCATION_MASK, &r)
-    if status == FOUND or status == DAMAGED and log.trouble_status == RECORD_BAD_CRC:
+    cdef int status = read_record(log, value & LOCATION_MASK, &r, t)
+    if status == FOUND or status == DAMAGED and t.status == RECORD_BAD_CRC:
         h[0] = siphash13(log.seed, r.key, r.key_length)
         if h[0] >> TAG_SHIFT == value >> TAG_SHIFT:
             return FOUND
@@ -319,7 +339,7 @@ cdef bint place_everywhere(uint8_t *shard, unsigned cls, uint64_t bucket, unsign
         first = first + 1 if first + 1 < buckets else 0
 
 
-cdef int grow_shard(Log log, uint64_t h) noexcept nogil:
+cdef int grow_shard(Log log, uint64_t h, Trouble *t) noexcept nogil:
     """Gives the shard of a hash more room: without its deleted entries, in the next class, or split in two.
 
     Bounded by one shard (145,176 slots).  Nothing is changed until the one store at the end, so it can be
@@ -329,15 +349,15 @@ cdef int grow_shard(Log log, uint64_t h) noexcept nogil:
     cdef int status = NO_ROOM
     while status == NO_ROOM:        # many damaged entries, each in several places, may need more than usual
         if least >= SHARD_CLASSES:
-            log.trouble_status = RECORD_BAD_CRC
+            t.status = RECORD_BAD_CRC
             return DAMAGED
-        status = grow_to(log, h, &least)
+        status = grow_to(log, h, &least, t)
     return status
 
 
-cdef int grow_to(Log log, uint64_t h, unsigned *least) noexcept nogil:
+cdef int grow_to(Log log, uint64_t h, unsigned *least, Trouble *t) noexcept nogil:
     """To a class of at least `least`; NO_ROOM if that was too small, and then `least` is the next."""
-    cdef Index *ix = &log.index
+    cdef Index *ix = log.index
     cdef uint64_t word, entry, live = 0, bucket, value, i, page, count = 0, width, first, stride
     cdef uint64_t pages[2]
     cdef Extent *extents = NULL
@@ -347,7 +367,7 @@ cdef int grow_to(Log log, uint64_t h, unsigned *least) noexcept nogil:
     cdef uint8_t *shard
     cdef uint8_t *target
     cdef unsigned cls, depth, to_cls, to_depth, full_depth, parts, slot
-    cdef int status = find_entry(log, h, &word, &entry)
+    cdef int status = find_entry(ix, h, &word, &entry, t)
     if status < 0:
         return status
     cls, depth = ENTRY_CLASS(entry), ENTRY_DEPTH(entry)
@@ -375,9 +395,9 @@ cdef int grow_to(Log log, uint64_t h, unsigned *least) noexcept nogil:
     for i in range(parts):
         pages[i] = claim_pages(extents, &count, SHARD_PAGES[to_cls])
     page = claim_pages(extents, &count, directory_pages(full_depth))
-    log.trouble = max(max(pages[0], pages[parts - 1]) + SHARD_PAGES[to_cls], page + directory_pages(full_depth))
+    t.place = max(max(pages[0], pages[parts - 1]) + SHARD_PAGES[to_cls], page + directory_pages(full_depth))
     free(extents)
-    if log.trouble > ix.pages:
+    if t.place > ix.pages:
         return NEED_PAGES
 
     for i in range(parts):
@@ -386,9 +406,10 @@ cdef int grow_to(Log log, uint64_t h, unsigned *least) noexcept nogil:
         begin_shard(target, to_cls, to_depth,
                     (<shard_header *> shard).prefix | (i << (64 - to_depth) if i else 0))
     status = copy_entries(log, shard, cls, ix.base + pages[0] * PAGE_BYTES, ix.base + pages[parts - 1] * PAGE_BYTES,
-                          to_cls, depth)
+                          to_cls, depth, t)
     if status < 0:
         return status
+    log.most_moved = max(log.most_moved, live)
 
     old = <uint64_t *> (ix.base + DIRECTORY_PAGE(word) * PAGE_BYTES)
     new = <uint64_t *> (ix.base + page * PAGE_BYTES)
@@ -407,7 +428,7 @@ cdef int grow_to(Log log, uint64_t h, unsigned *least) noexcept nogil:
 
 
 cdef int copy_entries(Log log, uint8_t *shard, unsigned cls, uint8_t *low, uint8_t *high, unsigned to_cls,
-                      unsigned depth) noexcept nogil:
+                      unsigned depth, Trouble *t) noexcept nogil:
     """The old shard's live entries into one new shard, or by the next bit of the tag into two.
 
     Where the class stays, an entry in its own bucket keeps it; any other's bucket comes from the key in the
@@ -418,7 +439,6 @@ cdef int copy_entries(Log log, uint8_t *shard, unsigned cls, uint8_t *low, uint8
     cdef uint64_t stood[64]
     cdef uint64_t *slots
     cdef uint8_t *target
-    cdef Chunk *chunk
     cdef unsigned slot, n = 0, i, damaged = 0
     cdef int status
     cdef uint64_t buckets = SHARD_BUCKETS[cls]
@@ -426,7 +446,7 @@ cdef int copy_entries(Log log, uint8_t *shard, unsigned cls, uint8_t *low, uint8
     for bucket in range(buckets + 1):
         if n > 56 or bucket == buckets:
             for i in range(n):
-                status = rehash(log, waiting[i], &h)
+                status = rehash(log, waiting[i], &h, t)
                 target = high if (waiting[i] >> split_bit) & 1 else low
                 damaged += status == DAMAGED
                 if status == FOUND:
@@ -449,8 +469,7 @@ cdef int copy_entries(Log log, uint8_t *shard, unsigned cls, uint8_t *low, uint8
                 if not place(target, to_cls, bucket, value):
                     return NO_ROOM
             else:
-                chunk = &log.chunks[(value & LOCATION_MASK) >> CHUNK_UNIT_SHIFT]
-                prefetch(chunk.base + (((value & LOCATION_MASK) - chunk.origin) << LOCATION_UNIT_SHIFT))
+                prefetch_record(log, value & LOCATION_MASK)
                 waiting[n], stood[n] = value, bucket << 3 | slot
                 n += 1
     return FOUND
@@ -474,17 +493,29 @@ def index_pages(uint64_t expected) -> int:
     return 1 + directory_pages(depth) + (<uint64_t> SHARD_PAGES[cls] << depth)
 
 
-cdef int take_index(Log log, uint8_t *base, uint64_t mapped, uint64_t pages, bint private) except -1:
-    if log.index.base != NULL:
-        log.unmap(<size_t> log.index.base)
-    log.index.base = base
-    log.index.header = <index_header *> base
-    log.index.page = <index_page *> base
-    log.index.mapped = mapped
-    log.index.pages = pages
-    log.index.private = private
-    free(log.index.checked)
-    log.index.checked = NULL
+cdef int take_index(Log log, uint8_t *base, uint64_t mapped, uint64_t pages, bint private, uint8_t *checked=NULL,
+                    uint64_t checked_pages=0) except -1:
+    """Goes over to another index, or to another mapping of the same; the old mapping goes when nobody reads it."""
+    cdef Index *old
+    cdef Index *new = <Index *> calloc(1, sizeof(Index))
+    if new == NULL:
+        free(checked)
+        raise MemoryError()
+    new.base = base
+    new.header = <index_header *> base
+    new.page = <index_page *> base
+    new.mapped, new.pages, new.private = mapped, pages, private
+    new.checked, new.checked_pages = checked, checked_pages
+    write_lock(&log.mutex)
+    old = log.index
+    atomic_store(&log.indexes, log.indexes + 1)     # first: whoever has the new index has the new number too
+    atomic_store_pointer(<void **> &log.index, new)
+    write_unlock(&log.mutex)
+    if old != NULL:
+        await_reads()
+        log.unmap(old.base)
+        free(old.checked)
+        free(old)
     return 0
 
 
@@ -539,13 +570,12 @@ def attach_index(Log log, int fd, uint64_t size, uint64_t epoch, uint64_t nonce,
     problem = why_not(log, base, pages, epoch, nonce, clean, checked, &unchecked)
     if problem is not None:
         free(checked)
-        log.unmap(<size_t> base)
+        log.unmap(base)
         return problem
-    take_index(log, base, mapped, pages, False)
-    if unchecked:
-        log.index.checked, log.index.checked_pages = checked, pages
-    else:
+    if not unchecked:
         free(checked)
+        checked = NULL
+    take_index(log, base, mapped, pages, False, checked, pages)
     return None
 
 
@@ -601,15 +631,27 @@ cdef uint32_t shard_crc(uint8_t *shard, unsigned cls) noexcept nogil:
 
 cdef bint check_shard(Log log, uint64_t page) except -1:
     """At a shard's first use: compares its checksum, unless a writer has changed it since."""
-    cdef uint8_t *shard = log.index.base + page * PAGE_BYTES
+    cdef bint right = True
+    cdef Index *ix
+    log.check_open()
+    read_begin()
+    ix = current_index(log)
+    if not atomic_load(&log.attention) and ix.checked != NULL and page < ix.checked_pages:
+        right = shard_is_right(ix, page)
+        if right:
+            atomic_store_byte(&ix.checked[page], 1)
+    read_end()
+    return right
+
+
+cdef bint shard_is_right(Index *ix, uint64_t page) noexcept nogil:
+    cdef uint8_t *shard = ix.base + page * PAGE_BYTES
     cdef shard_header *header = <shard_header *> shard
     cdef unsigned cls = header.cls      # it may be what is damaged
-    if header.intact and (cls >= SHARD_CLASSES or page + SHARD_PAGES[cls] > log.index.pages or
-                          header.crc != shard_crc(shard, cls)):
+    if atomic_load_word(&header.intact) and (cls >= SHARD_CLASSES or page + SHARD_PAGES[cls] > ix.pages or
+                                             header.crc != shard_crc(shard, cls)):
         atomic_fence()
-        if header.intact:
-            return False
-    log.index.checked[page] = 1
+        return not atomic_load_word(&header.intact)
     return True
 
 
@@ -635,25 +677,29 @@ def extend_index(Log log, fd, uint64_t pages) -> None:
     """The index has so many pages now: maps them if they are beyond what is mapped."""
     cdef uint64_t mapped
     cdef uint8_t *base
-    cdef Index *ix = &log.index
+    cdef uint8_t *checked = NULL
+    cdef Index *ix = log.index
     log.check_open()
     if pages <= ix.pages:
         return
     if pages * PAGE_BYTES > ix.mapped:
+        if ix.checked != NULL:
+            checked = <uint8_t *> malloc(ix.checked_pages)
+            if checked == NULL:
+                raise MemoryError()
+            memcpy(checked, ix.checked, ix.checked_pages)
         if ix.private:
             mapped = 2 * pages * PAGE_BYTES
             base = log.map_memory(mapped)
             memcpy(base, ix.base, ix.pages * PAGE_BYTES)
         else:
             base = log.map_file(fd, 4 * pages * PAGE_BYTES, pages * PAGE_BYTES, &mapped)
-        log.unmap(<size_t> ix.base)
-        ix.base = base
-        ix.header = <index_header *> base
-        ix.page = <index_page *> base
-        ix.mapped = mapped
-    ix.pages = pages
-    if log.writable or ix.private:
-        ix.header.pages = pages
+        take_index(log, base, mapped, pages, ix.private, checked, ix.checked_pages)
+    write_lock(&log.mutex)
+    atomic_store(&log.index.pages, pages)
+    if log.writable or log.index.private:
+        log.index.header.pages = pages
+    write_unlock(&log.mutex)
 
 
 def index_nonce(Log log) -> int:
@@ -669,22 +715,32 @@ def index_bytes(Log log) -> int:
 
 
 def index_facts(Log log) -> dict:
-    """Bytes of the index, its shards, slots and slots in use."""
-    cdef uint64_t word, entry, h = 0, after = 0, shards = 0, slots = 0, used = 0
+    """Bytes of the index, its shards, slots and slots in use; and the most slots that a put has moved in this process."""
+    cdef Index *ix
+    cdef Trouble t
+    cdef uint64_t word, entry, h = 0, after = 0, shards = 0, slots = 0, used = 0, pages = 0
     cdef unsigned depth = 0
+    cdef bint private = False
     cdef int status
-    log.check_open()
     while not after >> depth:
         h = after << (64 - depth) if depth else 0
-        status = find_entry(log, h, &word, &entry)
-        if status < 0 and status != UNCHECKED:      # a number that is wrong harms nobody
-            if atomic_load(&log.index.header.directory) == word:
-                settle(log, status)
-            continue
-        depth = ENTRY_DEPTH(entry)
-        after = (h >> (64 - depth)) + 1 if depth else 1
-        shards += 1
-        slots += SHARD_BUCKETS[ENTRY_CLASS(entry)] * BUCKET_SLOTS
-        used += (<shard_header *> (log.index.base + ENTRY_PAGE(entry) * PAGE_BYTES)).used
-    return {"bytes": log.index.pages * PAGE_BYTES, "shards": shards, "slots": slots, "used": used,
-            "private": bool(log.index.private)}
+        status = LOOK_CLOSER
+        read_begin()
+        ix = current_index(log)
+        if not atomic_load(&log.attention):
+            status = find_entry(ix, h, &word, &entry, &t)
+            if status < 0 and status != UNCHECKED and atomic_load(&ix.header.directory) != word:
+                status = CHANGED
+            if status == FOUND or status == UNCHECKED:      # a number that is wrong harms nobody
+                slots += SHARD_BUCKETS[ENTRY_CLASS(entry)] * BUCKET_SLOTS
+                used += (<shard_header *> (ix.base + ENTRY_PAGE(entry) * PAGE_BYTES)).used
+                pages, private = ix.pages, ix.private
+        read_end()
+        if status == FOUND or status == UNCHECKED:
+            depth = ENTRY_DEPTH(entry)
+            after = (h >> (64 - depth)) + 1 if depth else 1
+            shards += 1
+        else:
+            settle(log, status, &t)
+    return {"bytes": pages * PAGE_BYTES, "shards": shards, "slots": slots, "used": used, "private": bool(private),
+            "most_moved": log.most_moved}

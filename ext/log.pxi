@@ -1,15 +1,17 @@
 # Log: what one process has mapped of one store (control page, index, segments) and the state it works with.
 
-cdef struct Chunk:          # where a location leads
-    uint8_t *base           # of the segment's mapping; NULL: not mapped
+cdef struct Mapped:         # a segment's mapping
+    uint8_t *base
+    uint64_t length         # that is mapped
     uint64_t limit          # bytes of the segment that the file is known to have
     uint64_t origin         # location of the segment's first byte
+    uint64_t run            # chunks
     uint32_t salt
-    const footer_entry *entries     # of the segment's footer, if a rebuild has read it; only in its first chunk
+    const footer_entry *entries     # of the segment's footer, if a rebuild has read it
     uint64_t count
 
 
-cdef struct Index:
+cdef struct Index:          # replaced as a whole: whoever has loaded the pointer sees one index
     uint8_t *base
     index_header *header    # base again
     index_page *page        # and again: the state of the store as this index has it
@@ -37,8 +39,11 @@ cdef uint64_t INDEX_RESERVE = 64 << 20
 cdef class Log:
     """One process's view of a store: mapped files and, in a writer, the only state that changes them.
 
-    `owner` is asked for what needs a path: `_map_location(location) -> bool`, `_index_changed()`,
-    `_index_grew() -> bool`, `_index_pages(pages)`, `_index_damaged(why)`, `_make_room(bytes)`, `_sync_to(version)`,
+    Any thread may read at any time, between `read_begin` and `read_end`; what is mapped goes only after `await_reads`.
+    Who changes something holds the mutex, and calls nothing of Python's under it.  Where there is a GIL it is both.
+
+    `owner` is asked for what needs a path: `_map_location(location, known) -> bool`, `_index_changed()`,
+    `_index_grew(known) -> bool`, `_index_pages(pages)`, `_index_damaged(why)`, `_make_room(bytes)`, `_sync_to(version)`,
     `_flush_later()`, `_await_turn()`, `_place_of(location)`.
     """
     cdef:
@@ -46,26 +51,26 @@ cdef class Log:
         readonly bint writable
         readonly uint64_t identity
         uint64_t seed[2]
-        Chunk *chunks
+        Mapped **chunks             # where a location leads; NULL: not mapped
         control_page *control       # NULL: there is none
-        Index index
+        Index *index                # NULL: none yet
+        write_mutex mutex
         readonly uint64_t nonce     # what control said when the index was taken: its nonce,
         uint64_t epoch              # the store's epoch,
         uint64_t last_version       # and the last version published
         Active active
         uint64_t seq, version, keys, live_bytes, log_bytes
-        uint64_t trouble            # the location, or the number of pages, that a status is about
-        int trouble_status          # of record_unpack
-        uint32_t trouble_expected, trouble_found
-        list mappings               # (address, length), to be unmapped at the end
+        dict mappings               # address: length, to be unmapped at the end
         readonly uint64_t clears    # how often all segments were let go
-        dict segments               # first chunk: (address, length, chunks) of those mapped
+        set segments                # first chunks of those mapped
         readonly str poisoned       # why every write is refused since a sync failed, or None
         bint refusing               # writes: poisoned, paused, closing, closed, or only reading
         bint closing
         bint building               # the index is being filled: reads wait for the owner
-        bint attention              # closed or building: reads look closer
+        uint64_t attention          # closed or building: reads look closer
         readonly bint eager         # every write waits for owner._sync_to(version)
+        uint64_t indexes            # how many there have been
+        uint64_t most_moved         # slots, by the growth of a shard
         uint64_t unsynced_since     # version of the first write after the last sync, 0: none
         uint64_t patience           # ns after which a write waits for the flush, 0: never
         readonly bint closed
@@ -75,29 +80,38 @@ cdef class Log:
         self.identity = identity
         self.writable = writable
         self.refusing = not writable
-        self.mappings = []
-        self.segments = {}
+        self.mappings = {}
+        self.segments = set()
+        write_mutex_init(&self.mutex)
         memcpy(self.seed, PyBytes_AS_STRING(seed), 16)
-        self.chunks = <Chunk *> self.map_memory(CHUNK_COUNT * sizeof(Chunk))
+        self.chunks = <Mapped **> self.map_memory(CHUNK_COUNT * sizeof(Mapped *))
 
     def __dealloc__(self):
         self.release()
 
     cdef void release(self):
-        self.closed = self.refusing = self.attention = True
+        cdef Mapped **chunks
+        cdef Index *index
+        write_lock(&self.mutex)
+        self.closed = self.refusing = True
         self.writable = False
+        chunks, index = self.chunks, self.index
+        atomic_store(&self.attention, True)
+        write_unlock(&self.mutex)
+        await_reads()
         self.chunks = NULL
         self.control = NULL
-        self.index.base = NULL
-        self.index.header = NULL
-        self.index.page = NULL
-        free(self.index.checked)
-        self.index.checked = NULL
+        self.index = NULL
         memset(&self.active, 0, sizeof(self.active))
-        if self.mappings is not None:
-            for address, length in self.mappings:
-                munmap(<void *> <size_t> address, length)
-            self.mappings = None
+        if index != NULL:
+            free(index.checked)
+            free(index)
+        for chunk in self.segments or ():
+            free(chunks[<uint64_t> chunk])
+        self.segments = set()
+        for address, length in (self.mappings or {}).items():
+            munmap(<void *> <size_t> address, length)
+        self.mappings = {}
 
     def close(self) -> None:
         """Unmaps everything.  Nothing may use this log afterwards; its handles look at `closed` first."""
@@ -105,27 +119,33 @@ cdef class Log:
         self.owner = None
 
     def become_reader(self) -> None:
-        """From here on nothing is written: in the child of a fork."""
+        """From here on nothing is written: in the child of a fork, where no other thread lives."""
+        write_mutex_init(&self.mutex)
         self.writable = False
         self.refusing = True
 
     def stop_writes(self, str poisoned=None) -> None:
-        """Refuses every later write: because a sync failed, `poisoned` says how, or because the store is closing."""
-        self.refusing = True
+        """Refuses every later write: because a sync failed, `poisoned` says how, or because the store is closing.
+        None is under way when this returns."""
         if poisoned is None:
             self.closing = True
         else:
             self.poisoned = poisoned
+        self.pause(True)
 
     def pause(self, bint paused) -> None:
-        """While paused, writes call owner._await_turn() and try again."""
+        """While paused, writes call owner._await_turn() and try again.  None is under way when this returns."""
+        write_lock(&self.mutex)
         self.refusing = paused or self.closing or self.poisoned is not None or not self.writable
+        write_unlock(&self.mutex)
 
     def build(self, bint building) -> None:
         """While the index is being built, reads and writes of other threads call owner._await_turn()."""
         self.building = building
-        self.attention = building or self.closed
+        atomic_store(&self.attention, building or self.closed)
         self.pause(building)
+        if building:
+            await_reads()
 
     cdef int check_open(self) except -1:
         if self.closed:
@@ -145,7 +165,7 @@ cdef class Log:
         cdef void *p = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
         if p == MAP_FAILED:
             raise MemoryError(f"cannot reserve {length} bytes: {os.strerror(errno)}")
-        self.mappings.append((<size_t> p, length))
+        self.mappings[<size_t> p] = length
         return <uint8_t *> p
 
     cdef uint8_t *map_file(self, int fd, uint64_t wanted, uint64_t needed, uint64_t *mapped) except NULL:
@@ -159,7 +179,7 @@ cdef class Log:
             mapped[0] = needed
         if p == MAP_FAILED:
             raise Error(errno, f"cannot map {wanted} bytes: {os.strerror(errno)}")
-        self.mappings.append((<size_t> p, mapped[0]))
+        self.mappings[<size_t> p] = mapped[0]
         return <uint8_t *> p
 
     def map_segment(self, int fd, uint64_t number, uint64_t chunk, uint64_t capacity, uint64_t size, uint32_t salt):
@@ -168,56 +188,85 @@ cdef class Log:
         Raises FormatError if its header asks for features that this version does not have.
         """
         self.check_open()
-        cdef uint64_t mapped, wanted, i, run = (capacity >> CHUNK_SHIFT) + (capacity & (CHUNK_BYTES - 1) != 0)
-        cdef Chunk *entry
+        cdef uint64_t wanted = max(capacity, size), i
+        cdef uint64_t run = (capacity >> CHUNK_SHIFT) + (capacity & (CHUNK_BYTES - 1) != 0)
+        cdef Mapped *old
+        cdef Mapped *new
         if run > CHUNK_COUNT or chunk > CHUNK_COUNT - run:
             raise FormatError(f"segment {number} lies beyond the end of the location space (chunk {chunk} of {CHUNK_COUNT})")
-        entry = &self.chunks[chunk]
-        if entry.base != NULL and self.segments[chunk][1] >= size:
-            for i in range(run):
-                entry[i].limit = max(entry[i].limit, size)
+        if self.extend_segment(chunk, size):
             return
-        wanted = max(capacity, size)
-        cdef uint8_t *base = self.map_file(fd, wanted, size, &mapped)
-        if size >= SEGMENT_HEADER_BYTES:
-            check_header(<segment_header *> base, number, self.identity, self.writable)
+        new = <Mapped *> calloc(1, sizeof(Mapped))
+        if new == NULL:
+            raise MemoryError()
+        try:
+            new.base = self.map_file(fd, wanted, size, &new.length)
+            if size >= SEGMENT_HEADER_BYTES:
+                check_header(<segment_header *> new.base, number, self.identity, self.writable)
+        except BaseException:
+            free(new)
+            raise
+        new.limit, new.origin, new.run, new.salt = min(size, new.length), chunk << CHUNK_UNIT_SHIFT, run, salt
+        write_lock(&self.mutex)
+        old = self.chunks[chunk]
+        if old != NULL and self.active.base == old.base:
+            self.active.base = new.base
         for i in range(run):
-            entry[i].base = base
-            entry[i].limit = min(size, mapped)
-            entry[i].origin = chunk << CHUNK_UNIT_SHIFT
-            entry[i].salt = salt
-            entry[i].entries = NULL
-        if chunk in self.segments:      # where address space is short, a mapping grows by another one
-            self.unmap(self.segments[chunk][0])
-        self.segments[chunk] = (<size_t> base, mapped, run)
+            atomic_store_pointer(<void **> &self.chunks[chunk + i], new)
+        write_unlock(&self.mutex)
+        self.segments.add(chunk)
+        if old != NULL:                 # where address space is short, a mapping grows by another one
+            await_reads()
+            self.unmap(old.base)
+            free(old)
+
+    cdef bint extend_segment(self, uint64_t chunk, uint64_t size):
+        """Whether so many bytes of a segment are mapped already; they are readable then."""
+        write_lock(&self.mutex)
+        cdef Mapped *m = self.chunks[chunk]
+        cdef bint mapped = m != NULL and m.length >= size
+        if mapped and m.limit < size:
+            atomic_store(&m.limit, size)
+        write_unlock(&self.mutex)
+        return mapped
 
     def forget_segments(self, uint64_t before=CHUNK_COUNT) -> None:
         """The store was cleared: lets all segments before that chunk go, so that their space comes back."""
         self.check_open()
-        for chunk, (address, length, run) in list(self.segments.items()):
-            if chunk < before:
-                memset(&self.chunks[chunk], 0, run * sizeof(Chunk))
-                self.unmap(address)
-                del self.segments[chunk]
+        cdef list gone = [chunk for chunk in self.segments if chunk < before]
+        cdef list mapped = []
+        cdef Mapped *m
+        cdef uint64_t chunk, i
+        for chunk in gone:
+            write_lock(&self.mutex)
+            m = self.chunks[chunk]
+            for i in range(m.run):
+                atomic_store_pointer(<void **> &self.chunks[chunk + i], NULL)
+            write_unlock(&self.mutex)
+            mapped.append(<size_t> m)
+        self.segments.difference_update(gone)
         self.clears += 1
+        await_reads()
+        for address in mapped:
+            m = <Mapped *> <size_t> address
+            self.unmap(m.base)
+            free(m)
 
-    cdef int unmap(self, size_t address) except -1:
-        for i, (start, length) in enumerate(self.mappings):
-            if start == address:
-                munmap(<void *> address, length)
-                del self.mappings[i]
-                break
+    cdef int unmap(self, void *address) except -1:
+        cdef object length = self.mappings.pop(<size_t> address, None)
+        if length is not None:
+            munmap(address, length)
         return 0
 
     def mapped(self, uint64_t chunk) -> int:
         """Bytes that are readable of the segment at this chunk."""
         self.check_open()
-        return self.chunks[chunk].limit
+        return 0 if self.chunks[chunk] == NULL else self.chunks[chunk].limit
 
     @property
     def index_is_private(self) -> bool:
         """Whether the index is one of this process's own."""
-        return self.index.private
+        return self.index != NULL and self.index.private
 
     # -- control page -----------------------------------------------------------------------------------
 
@@ -319,19 +368,23 @@ cdef class Log:
     # -- state ------------------------------------------------------------------------------------------
 
     cdef void load_state(self) noexcept nogil:
-        """The current state block; read again if the writer changed it meanwhile."""
-        cdef uint64_t seq
-        cdef index_page *page = self.index.page
-        cdef index_state *s
-        while True:
-            seq = atomic_load(&page.seq)
-            s = &page.state[seq & 1]
-            self.version, self.keys = s.version, s.keys
-            self.live_bytes, self.log_bytes = s.live_bytes, s.log_bytes
-            atomic_fence()
-            if atomic_load(&page.seq) == seq:
-                self.seq = seq
-                return
+        """Makes the index's state this writer's."""
+        cdef index_state s
+        self.seq = read_state(self.index, &s)
+        self.version, self.keys, self.live_bytes, self.log_bytes = s.version, s.keys, s.live_bytes, s.log_bytes
+
+    cdef int current_state(self, index_state *s) except -1:
+        self.check_open()
+        read_begin()
+        cdef Index *index = <Index *> atomic_load_pointer(<void **> &self.index)
+        if not atomic_load(&self.attention) and index != NULL:
+            read_state(index, s)
+            index = NULL
+        read_end()
+        if index != NULL:               # it is being built by this thread, or was closed by another
+            self.check_open()
+            read_state(index, s)
+        return 0
 
     def restore_state(self) -> tuple:
         """Takes the state from the index: (file number, end, last version) of the log that it belongs to."""
@@ -343,17 +396,20 @@ cdef class Log:
     def settle_state(self, uint64_t number, uint64_t end, uint64_t version, log_bytes=None) -> None:
         """States where the log ends now."""
         self.check_writer()
-        if log_bytes is not None:
-            self.log_bytes = log_bytes
+        cdef bint counted = log_bytes is not None
+        cdef uint64_t size = log_bytes if counted else 0
+        write_lock(&self.mutex)
+        if counted:
+            self.log_bytes = size
         commit(self, number, end, version, NULL, 0, 0)
+        write_unlock(&self.mutex)
 
     @property
     def state(self) -> dict:
         """Counts as of now: keys, aligned bytes of live and of all records, last version."""
-        self.check_open()
-        if not self.writable:
-            self.load_state()
-        return {"keys": self.keys, "live_bytes": self.live_bytes, "log_bytes": self.log_bytes, "version": self.version}
+        cdef index_state s
+        self.current_state(&s)
+        return {"keys": s.keys, "live_bytes": s.live_bytes, "log_bytes": s.log_bytes, "version": s.version}
 
     @property
     def position(self) -> tuple:
@@ -384,7 +440,20 @@ cdef class Log:
 
     def synced(self, uint64_t version) -> None:
         """A sync returned that covered all versions up to this one."""
+        write_lock(&self.mutex)
         self.unsynced_since = 0 if self.version <= version else version + 1
+        write_unlock(&self.mutex)
+
+
+cdef uint64_t read_state(Index *index, index_state *out) noexcept nogil:
+    """The current state block, read again if the writer changed it meanwhile; returns its number."""
+    cdef uint64_t seq
+    while True:
+        seq = atomic_load(&index.page.seq)
+        out[0] = index.page.state[seq & 1]
+        atomic_fence()
+        if atomic_load(&index.page.seq) == seq:
+            return seq
 
 
 cdef int check_header(segment_header *header, uint64_t number, uint64_t identity, bint writable) except -1:
@@ -437,16 +506,15 @@ cdef inline void commit(Log log, uint64_t number, uint64_t end, uint64_t version
         atomic_store(&log.control.last_version, version)
 
 
-cdef int settle(Log log, int status) except -1:
+def forget_threads() -> None:
+    """In the child of a fork, where no other thread lives."""
+    threads_after_fork()
+
+
+cdef int settle(Log log, int status, Trouble *t) except -1:
     """Does what a negative status asks for, so that the caller can try again; raises what it cannot mend."""
-    cdef uint64_t location = log.trouble
-    cdef int why = log.trouble_status
-    cdef uint32_t expected = log.trouble_expected, found = log.trouble_found
     try:
-        ask_owner(log, log.owner, &status, location)
-        if status == DAMAGED:       # another thread may have had trouble of its own meanwhile
-            log.trouble_status, log.trouble_expected, log.trouble_found = why, expected, found
-            raise_damage(log, location)
+        ask_owner(log, log.owner, status, t)
         return 0
     except OSError:
         if log.closed:          # by another thread, meanwhile
@@ -454,34 +522,43 @@ cdef int settle(Log log, int status) except -1:
         raise
 
 
-cdef int ask_owner(Log log, owner, int *code, uint64_t location) except -1:
-    cdef int status = code[0]
+cdef int ask_owner(Log log, owner, int status, Trouble *t) except -1:
     if status == UNMAPPED:
-        if not owner._map_location(location):
-            code[0] = DAMAGED
+        if not owner._map_location(t.place, t.known) and t.indexes == atomic_load(&log.indexes):
+            raise_damage(log, t)
+    elif status == DAMAGED:
+        raise_damage(log, t)
+    elif status == LOOK_CLOSER:
+        look_closer(log)
+    elif status == REFUSED:
+        check_writable(log)
+    elif status == NEED_LOG_ROOM:
+        owner._make_room(t.place)
+    elif status == CANNOT_WRITE:
+        raise Error(t.status, f"cannot write to segment {log.active.number}: {os.strerror(t.status)}")
     elif status == UNCHECKED:
-        if not check_shard(log, location):
-            owner._index_damaged(f"the shard at page {location} fails its checksum")
+        if not check_shard(log, t.place):
+            owner._index_damaged(f"the shard at page {t.place} fails its checksum")
     elif status == INDEX_GREW:
-        if not owner._index_grew():
-            owner._index_damaged(f"the directory names page {location} of {log.index.pages}")
+        if not owner._index_grew(t.known):
+            owner._index_damaged(f"the directory names page {t.place} of {index_bytes(log) // PAGE_BYTES}")
     elif status == NEED_PAGES:
-        owner._index_pages(location)
+        owner._index_pages(t.place)
     elif status == NO_MEMORY:
         raise MemoryError()
     elif status == NOT_A_PUT:
-        path, number, offset = owner._place_of(location)
+        path, number, offset = owner._place_of(t.place)
         raise CorruptionError("the index points at a record that is not a put", path=path, segment=number, offset=offset,
                               expected="a put", found="another kind")
     return 0
 
 
-cdef int raise_damage(Log log, uint64_t location) except -1:
-    path, number, offset = log.owner._place_of(location)
-    reason = SCAN_REASONS.get(log.trouble_status, "unreadable")
-    if log.trouble_status in (RECORD_BAD_CRC, RECORD_BAD_VALUE):
-        expected, found = f"crc32c {log.trouble_expected:08x}", f"{log.trouble_found:08x}"
-    elif log.trouble_status == RECORD_UNKNOWN:
+cdef int raise_damage(Log log, Trouble *t) except -1:
+    path, number, offset = log.owner._place_of(t.place)
+    reason = SCAN_REASONS.get(t.status, "unreadable")
+    if t.status in (RECORD_BAD_CRC, RECORD_BAD_VALUE):
+        expected, found = f"crc32c {t.expected:08x}", f"{t.found:08x}"
+    elif t.status == RECORD_UNKNOWN:
         raise FormatError(f"{path} has a record at {offset} of a kind that only newer versions of LogKV know")
     else:
         expected, found = "a record", {"end": "zeros", "truncated": "less than a record"}.get(reason, reason)

@@ -77,6 +77,7 @@ def build_footer(Log log, uint64_t chunk, uint64_t end) -> tuple:
     cdef Scan s
     cdef record_view r
     cdef size_t n = 0, room = 1024, i, kept = 0
+    cdef Trouble t
     cdef footer_header header
     cdef footer_entry *entry
     cdef int reason = RECORD_OK
@@ -119,9 +120,8 @@ def build_footer(Log log, uint64_t chunk, uint64_t end) -> tuple:
         if items == NULL or spare == NULL:
             raise MemoryError(f"no memory to sort the keys of a segment of {end} bytes")
         if reason != SCAN_STOP:
-            log.trouble_status = reason
-            log.trouble_expected, log.trouble_found = r.crc, r.found
-            raise_damage(log, s.origin + (s.offset >> LOCATION_UNIT_SHIFT))
+            t.place, t.status, t.expected, t.found = s.origin + (s.offset >> LOCATION_UNIT_SHIFT), reason, r.crc, r.found
+            raise_damage(log, &t)
         header.entries = kept
         out = PyBytes_FromStringAndSize(NULL, sizeof(header) + kept * sizeof(footer_entry))
         memcpy(PyBytes_AS_STRING(out), &header, sizeof(header))

@@ -1,8 +1,13 @@
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 cdef extern from "platform.h" nogil:
     uint64_t atomic_load(uint64_t *p)
     void atomic_store(uint64_t *p, uint64_t value)
+    uint32_t atomic_load_word "atomic_load" (uint32_t *p)
+    uint8_t atomic_load_byte "atomic_load" (uint8_t *p)
+    void atomic_store_byte "atomic_store" (uint8_t *p, uint8_t value)
+    void *atomic_load_pointer "atomic_load" (void **p)
+    void atomic_store_pointer "atomic_store" (void **p, void *value)
     void atomic_fence()
     unsigned lowest_bit(unsigned mask)
     void prefetch(const void *p)
@@ -12,3 +17,14 @@ cdef extern from "platform.h" nogil:
 
 cdef extern from "siphash.h" nogil:
     uint64_t siphash13(const uint64_t *seed, const void *data, size_t length)
+
+cdef extern from "threads.h" nogil:
+    ctypedef struct write_mutex:
+        pass
+    void write_mutex_init(write_mutex *m)
+    void write_lock(write_mutex *m)
+    void write_unlock(write_mutex *m)
+    void read_begin()
+    void read_end()
+    void await_reads()
+    void threads_after_fork()

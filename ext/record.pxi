@@ -15,6 +15,19 @@ cdef enum Status:           # negative: not settled by memory alone, `settle` kn
     NO_MEMORY = -6
     NOT_A_PUT = -7          # the index points at a record that is none
     NO_ROOM = -8            # a shard that is being filled is too small
+    LOOK_CLOSER = -9        # closed, or the index is being built
+    REFUSED = -10           # no write is taken
+    NEED_LOG_ROOM = -11     # the log's file must be longer
+    CANNOT_WRITE = -12      # the system cannot make pages of the log present
+    CHANGED = -13           # by another thread, since it was looked at
+
+
+cdef struct Trouble:        # what a negative status is about
+    uint64_t place          # a location, a page, or how much is needed
+    uint64_t known          # bytes of the location's segment, or pages of the index, that were known then
+    uint64_t indexes        # that the log had had when the place was read from one
+    int status              # of record_unpack, or an errno
+    uint32_t expected, found
 
 
 cdef enum ScanStatus:       # why a scan stopped, beside the codes of record_unpack

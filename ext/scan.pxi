@@ -21,8 +21,8 @@ cdef uint64_t SCAN_FIRST = 16 << 10, SCAN_STEP = 4 << 20       # pages made pres
 
 cdef int begin_scan(Log log, Scan *s, uint64_t chunk, uint64_t start, uint64_t stop, uint64_t version) except -1:
     log.check_open()
-    cdef Chunk *entry = &log.chunks[chunk]
-    if entry.base == NULL:
+    cdef Mapped *entry = log.chunks[chunk]
+    if entry == NULL:
         raise ValueError(f"no segment is mapped at chunk {chunk}")
     s.base = entry.base
     s.origin = entry.origin
@@ -69,7 +69,7 @@ cdef inline int next_record(Scan *s, record_view *r) noexcept nogil:
     return RECORD_OK
 
 
-cdef int apply_batch(Log log, Entry *batch, int n, uint64_t number, int *done) noexcept nogil:
+cdef int apply_batch(Log log, Entry *batch, int n, uint64_t number, int *done, Trouble *t) noexcept nogil:
     """Does again what records say, from the `done`-th on; FOUND or a status to be settled."""
     cdef Entry *e
     cdef Probe p
@@ -79,9 +79,9 @@ cdef int apply_batch(Log log, Entry *batch, int n, uint64_t number, int *done) n
         if e.kind != KIND_PUT and e.kind != KIND_DELETE:
             commit(log, number, e.end, e.version, NULL, 0, 0)
         else:
-            status = probe(log, NULL, 0, e.hash, e.location, &p, True)
+            status = probe(log, NULL, 0, e.hash, e.location, &p, True, t)
             if status == MISSING and e.kind == KIND_PUT and shard_is_full(&p):
-                status = grow_shard(log, e.hash)
+                status = grow_shard(log, e.hash, t)
                 if status >= 0:
                     continue
             if status < 0:
@@ -98,13 +98,14 @@ cdef int apply_batch(Log log, Entry *batch, int n, uint64_t number, int *done) n
 
 cdef int enter(Log log, Entry *batch, int n, uint64_t number) except -1:
     """A whole batch into the index, with what the index needs meanwhile."""
+    cdef Trouble t
     cdef int done = 0, status
     while True:
         with nogil:
-            status = apply_batch(log, batch, n, number, &done)
+            status = apply_batch(log, batch, n, number, &done, &t)
         if status >= 0:
             return 0
-        settle(log, status)
+        settle(log, status, &t)
 
 
 def replay(Log log, uint64_t number, uint64_t chunk, uint64_t start, uint64_t stop, uint64_t version) -> tuple:
@@ -144,7 +145,8 @@ def replay(Log log, uint64_t number, uint64_t chunk, uint64_t start, uint64_t st
 
 cdef inline void prefetch_bucket(Log log, uint64_t h) noexcept nogil:
     cdef uint64_t word, entry
-    if find_entry(log, h, &word, &entry) == FOUND:
+    cdef Trouble t
+    if find_entry(log.index, h, &word, &entry, &t) == FOUND:
         prefetch(bucket_at(log.index.base + ENTRY_PAGE(entry) * PAGE_BYTES, home_bucket(h, ENTRY_CLASS(entry))))
 
 
@@ -156,6 +158,7 @@ def adopt_last(Log log, uint64_t chunk) -> None:
     cdef Scan s
     cdef record_view r
     cdef Probe p
+    cdef Trouble t
     cdef uint64_t location, h
     cdef int status
     begin_scan(log, &s, chunk, now.end, log.chunks[chunk].limit, now.version)
@@ -166,10 +169,10 @@ def adopt_last(Log log, uint64_t chunk) -> None:
         return
     h = siphash13(log.seed, r.key, r.key_length)
     while True:
-        status = probe(log, r.key, r.key_length, h, 0, &p, False)
+        status = probe(log, r.key, r.key_length, h, 0, &p, False, &t)
         if status >= 0:
             break
-        settle(log, status)
+        settle(log, status, &t)
     if (status == FOUND and p.location == location) if r.kind == KIND_PUT else status == MISSING:
         atomic_store(&log.index.page.seq, log.seq + 1)
         log.load_state()
@@ -180,7 +183,7 @@ def replay_footer(Log log, uint64_t number, uint64_t chunk, uint64_t end) -> tup
 
     Returns (records, first version, last version), or None if the footer is not right.
     """
-    cdef Chunk *segment = &log.chunks[chunk]
+    cdef Mapped *segment = log.chunks[chunk]
     cdef record_view r
     cdef footer_header *header
     cdef footer_entry *entries
@@ -188,7 +191,7 @@ def replay_footer(Log log, uint64_t number, uint64_t chunk, uint64_t end) -> tup
     cdef Entry *e
     cdef uint64_t i
     cdef int n = 0
-    if segment.base == NULL or end >= segment.limit or \
+    if segment == NULL or end >= segment.limit or \
             populate(segment.base + end, segment.limit - end, False) or \
             record_unpack(&r, segment.base + end, segment.limit - end, segment.salt, end, True) != RECORD_OK:
         return None
@@ -247,9 +250,6 @@ def find_mark(Log log, uint64_t chunk, uint64_t start, uint64_t version) -> tupl
     return (number, end) if found else None
 
 
-cdef uint64_t MARK_BYTES = MARK_SIZE
-
-
 def find_record(Log log, uint64_t chunk, uint64_t start, uint64_t version) -> int | None:
     """Looks behind an end, at every multiple of 8, for whole records: the highest version of them, or None."""
     cdef Scan s
@@ -286,9 +286,9 @@ def copy_records(Log log, uint64_t chunk, uint64_t start, uint64_t stop, uint32_
 
 def first_nonzero(Log log, uint64_t chunk, uint64_t start, uint64_t stop) -> tuple | None:
     """(first, behind the last) offset between `start` and `stop` that is not zero, or None."""
-    cdef Chunk *segment = &log.chunks[chunk]
+    cdef Mapped *segment = log.chunks[chunk]
     cdef uint64_t first, last
-    stop = min(stop, segment.limit)
+    stop = min(stop, segment.limit) if segment != NULL else 0
     first = start
     if start >= stop:
         return None

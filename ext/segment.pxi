@@ -10,23 +10,24 @@ def set_active(Log log, int fd, uint64_t number, uint64_t chunk, uint64_t capaci
                uint64_t end) -> None:
     """The segment that is appended to, mapped before, and where its log ends."""
     log.check_writer()
-    cdef Chunk *entry = &log.chunks[chunk]
-    log.active.base = entry.base
-    log.active.fd = fd
-    log.active.number = number
-    log.active.capacity = capacity
-    log.active.origin = entry.origin
-    log.active.allocated = allocated
-    log.active.populated = end
-    log.active.end = end
-    log.active.salt = entry.salt
+    write_lock(&log.mutex)
+    append_to(log, fd, number, chunk, capacity, allocated, end)
+    write_unlock(&log.mutex)
+
+
+cdef void append_to(Log log, int fd, uint64_t number, uint64_t chunk, uint64_t capacity, uint64_t allocated,
+                    uint64_t end) noexcept nogil:
+    cdef Mapped *m = log.chunks[chunk]
+    log.active = Active(m.base, fd, number, capacity, m.origin, allocated, end, end, m.salt)
 
 
 def set_allocated(Log log, uint64_t chunk, uint64_t allocated) -> None:
     """The active segment's file has grown."""
     log.check_writer()
-    log.active.base = log.chunks[chunk].base
-    log.active.allocated = allocated
+    write_lock(&log.mutex)
+    if log.active.origin == log.chunks[chunk].origin:       # else another thread has gone on to the next one
+        log.active.allocated = max(log.active.allocated, allocated)
+    write_unlock(&log.mutex)
 
 
 cdef inline uint64_t next_version(Log log) noexcept nogil:
@@ -34,8 +35,8 @@ cdef inline uint64_t next_version(Log log) noexcept nogil:
     return now if now > log.version else log.version + 1
 
 
-cdef int populate_ahead(Log log, uint64_t need) except -1:
-    """Makes the next pages present.
+cdef int populate_ahead(Log log, uint64_t need) noexcept nogil:
+    """Makes the next pages present; an errno if that cannot be.
 
     With `sync="os"` zeros are written first: the system then takes large folios, a third of the cost of single
     pages; but a sync writes a whole folio for one byte, so not where every write or every few are synced.
@@ -48,13 +49,13 @@ cdef int populate_ahead(Log log, uint64_t need) except -1:
             pwrite(a.fd, ZEROS, min(step - done, ZEROS_STEP), a.end + done)
             done += ZEROS_STEP
     problem = populate(a.base + a.end, step, True)
-    if problem:
-        raise Error(problem, f"cannot write to segment {a.number}: {os.strerror(problem)}")
-    a.populated = a.end + step
-    return 0
+    if not problem:
+        a.populated = a.end + step
+    return problem
 
 
-cdef inline int check_writable(Log log) except -1:
+cdef int check_writable(Log log) except -1:
+    """Waits until writes are taken; raises if they will not be."""
     while log.refusing:
         if log.poisoned is not None:
             raise Error(log.poisoned)
@@ -66,14 +67,18 @@ cdef inline int check_writable(Log log) except -1:
     return 0
 
 
-cdef inline bint has_room(Log log, uint64_t need) except -1:
-    """Whether a record fits behind the log's end; if not, room was made and everything must be looked at again."""
+cdef inline int find_room(Log log, uint64_t need, Trouble *t) noexcept nogil:
+    """FOUND if a record fits behind the log's end, and its pages are there."""
+    if log.refusing:
+        return REFUSED
     if log.active.end + need > log.active.allocated:
-        log.owner._make_room(need)
-        return False
+        t.place = need
+        return NEED_LOG_ROOM
     if log.active.end + need > log.active.populated:
-        populate_ahead(log, need)
-    return True
+        t.status = populate_ahead(log, need)
+        if t.status:
+            return CANNOT_WRITE
+    return FOUND
 
 
 cdef inline uint64_t write_record(Log log, uint8_t kind, Bytes key, Bytes value, uint64_t need) noexcept nogil:
@@ -95,9 +100,9 @@ cdef inline uint64_t move_end(Log log, uint64_t need) noexcept nogil:
 
 
 cdef uint64_t put(Log log, Bytes key, Bytes value) except 0:
-    """Appends a put and publishes it.  Where it fails, the record that was begun is zeros again."""
-    cdef uint64_t need, location, version, h
-    cdef Probe p
+    """Appends a put and publishes it."""
+    cdef uint64_t need, version, h
+    cdef Trouble t
     cdef int status
     prefetch(value.data + 64)           # a value that is not in the cache arrives while the key is hashed
     prefetch(value.data + value.size)
@@ -108,25 +113,41 @@ cdef uint64_t put(Log log, Bytes key, Bytes value) except 0:
     need = record_size(key.size, value.size)
     h = siphash13(log.seed, key.data, key.size)
     while True:
-        check_writable(log)
-        if not has_room(log, need):
-            continue
+        write_lock(&log.mutex)
+        status = put_now(log, key, value, h, need, &version, &t)
+        write_unlock(&log.mutex)
+        if status >= 0:
+            break
+        settle(log, status, &t)
+    if log.eager or log.patience:
+        after_write(log, version)
+    return version
+
+
+cdef inline int put_now(Log log, Bytes key, Bytes value, uint64_t h, uint64_t need, uint64_t *version,
+                        Trouble *t) noexcept nogil:
+    """With the mutex held.  Where it fails, the record that was begun is zeros again."""
+    cdef uint64_t location
+    cdef Probe p
+    cdef int status
+    while True:
+        status = find_room(log, need, t)
+        if status < 0:
+            return status
         prefetch_bucket(log, h)         # its line arrives while the record is written
-        version = write_record(log, KIND_PUT, key, value, need)
-        status = probe(log, key.data, key.size, h, 0, &p, True)
+        version[0] = write_record(log, KIND_PUT, key, value, need)
+        status = probe(log, key.data, key.size, h, 0, &p, True, t)
         if status == MISSING and shard_is_full(&p):
-            status = grow_shard(log, h)
+            status = grow_shard(log, h, t)
             if status >= 0:
                 continue
         if status >= 0:
             break
         memset(log.active.base + log.active.end, 0, need)
-        settle(log, status)
+        return status
     location = move_end(log, need)
-    apply_put(log, &p, status, h, location, need, log.active.number, log.active.end, version)
-    if log.eager or log.patience:
-        after_write(log, version)
-    return version
+    apply_put(log, &p, status, h, location, need, log.active.number, log.active.end, version[0])
+    return FOUND
 
 
 cdef inline void apply_put(Log log, Probe *p, int found, uint64_t h, uint64_t location, uint64_t size,
@@ -155,49 +176,69 @@ cdef inline void apply_delete(Log log, Probe *p, uint64_t number, uint64_t end, 
         (<shard_header *> p.shard).used -= 1
 
 
-cdef uint64_t delete(Log log, Bytes key, object popped) except? 0:
-    """Appends a tombstone; 0 if the key is not there.  `popped`, a list, receives the value that goes."""
+cdef uint64_t delete(Log log, Bytes key, uint64_t seen) except? 0:
+    """Appends a tombstone; 0 if the key is not there.  `seen`, if it is not 0, is the location where its record must
+    still be: CHANGED_VERSION if it is not."""
     cdef uint64_t need = record_size(key.size, 0), h, version
-    cdef Bytes nothing = Bytes(NULL, 0)
-    cdef Probe p
+    cdef Trouble t
     cdef int status
-    cdef object value = None
     check_writable(log)
     if key.size > KEY_MAX:
         return 0
     h = siphash13(log.seed, key.data, key.size)
     while True:
-        check_writable(log)
-        status = probe(log, key.data, key.size, h, 0, &p, True)
-        if status < 0:
-            settle(log, status)
-            continue
+        write_lock(&log.mutex)
+        status = delete_now(log, key, h, need, seen, &version, &t)
+        write_unlock(&log.mutex)
         if status == MISSING:
             return 0
-        if not has_room(log, need):
-            continue
-        if popped is None:
+        if status == CHANGED:
+            return CHANGED_VERSION
+        if status == FOUND:
             break
-        value = record_value(log, &p.record, p.location)
-        break
-    version = write_record(log, KIND_DELETE, key, nothing, need)
-    move_end(log, need)
-    apply_delete(log, &p, log.active.number, log.active.end, version)
-    if popped is not None:
-        popped.append(value)
+        settle(log, status, &t)
     if log.eager or log.patience:
         after_write(log, version)
     return version
+
+
+cdef uint64_t CHANGED_VERSION = 1       # no version is so low
+
+
+cdef inline int delete_now(Log log, Bytes key, uint64_t h, uint64_t need, uint64_t seen, uint64_t *version,
+                           Trouble *t) noexcept nogil:
+    """With the mutex held."""
+    cdef Bytes nothing = Bytes(NULL, 0)
+    cdef Probe p
+    cdef int status
+    if log.refusing:
+        return REFUSED
+    status = probe(log, key.data, key.size, h, 0, &p, True, t)
+    if status == FOUND and seen and p.location != seen:
+        return CHANGED
+    if status == FOUND:
+        status = find_room(log, need, t)
+    if status != FOUND:
+        return status
+    version[0] = write_record(log, KIND_DELETE, key, nothing, need)
+    move_end(log, need)
+    apply_delete(log, &p, log.active.number, log.active.end, version[0])
+    return FOUND
 
 
 cdef int after_write(Log log, uint64_t version) except -1:
     """With `sync="always"`, and where a flush is due, the write waits for the device."""
     if log.eager:
         log.owner._sync_to(version)
-    elif log.unsynced_since == 0:
+        return 0
+    write_lock(&log.mutex)
+    cdef uint64_t since = log.unsynced_since
+    if since == 0:
         log.unsynced_since = version
+    write_unlock(&log.mutex)
+    if since == 0:
         log.owner._flush_later()
-    elif version - log.unsynced_since > log.patience:
+    elif version > since and version - since > log.patience:
         log.owner._sync_to(version)
     return 0
 
@@ -205,34 +246,50 @@ cdef int after_write(Log log, uint64_t version) except -1:
 def append_mark(Log log, uint64_t number, uint64_t end, uint64_t covered) -> int:
     """Appends a sync mark, if it fits: a sync has returned that covered the log up to there, and all versions up to
     `covered`.  Returns up to which version nothing needs a sync: with the mark's, if nothing came before it."""
+    log.check_writer()
+    write_lock(&log.mutex)
+    cdef uint64_t synced = mark_now(log, number, end, covered)
+    write_unlock(&log.mutex)
+    return synced
+
+
+cdef uint64_t mark_now(Log log, uint64_t number, uint64_t end, uint64_t covered) noexcept nogil:
+    """With the mutex held; also where writes are refused, for the last sync of a store that is closing."""
     cdef sync_mark_value mark = sync_mark_value(number, end)
     cdef Bytes key = Bytes(NULL, 0), value = Bytes(<uint8_t *> &mark, sizeof(mark))
-    cdef uint64_t version, need = MARK_SIZE
     cdef bint quiet = log.version <= covered
-    log.check_writer()
-    if log.active.end + need > log.active.allocated:
+    cdef uint64_t version
+    if log.active.end + MARK_BYTES > log.active.allocated or \
+            log.active.end + MARK_BYTES > log.active.populated and populate_ahead(log, MARK_BYTES):
         return covered
-    if log.active.end + need > log.active.populated:
-        populate_ahead(log, need)
-    version = write_record(log, KIND_SYNC_MARK, key, value, need)
-    move_end(log, need)
+    version = write_record(log, KIND_SYNC_MARK, key, value, MARK_BYTES)
+    move_end(log, MARK_BYTES)
     commit(log, log.active.number, log.active.end, version, NULL, 0, 0)
     return version if quiet else covered
 
 
 def switch_segment(Log log, int fd, uint64_t number, uint64_t chunk, uint64_t capacity, uint64_t allocated) -> None:
     """Goes on in the successor, mapped and named in the MANIFEST: its first record says where the last one ended."""
-    cdef continues_value link = continues_value(log.active.number, log.active.end, log.version)
-    cdef Active *a = &log.active
     cdef int problem
     log.check_writer()
     problem = populate(log.chunks[chunk].base, PAGE_BYTES, True)
     if problem:
         raise Error(problem, f"cannot write to segment {number}: {os.strerror(problem)}")
-    set_active(log, fd, number, chunk, capacity, allocated, SEGMENT_HEADER_BYTES)
+    write_lock(&log.mutex)
+    switch_now(log, fd, number, chunk, capacity, allocated)
+    write_unlock(&log.mutex)
+
+
+cdef void switch_now(Log log, int fd, uint64_t number, uint64_t chunk, uint64_t capacity, uint64_t allocated) noexcept nogil:
+    cdef continues_value link = continues_value(log.active.number, log.active.end, log.version)
+    cdef Active *a = &log.active
+    append_to(log, fd, number, chunk, capacity, allocated, SEGMENT_HEADER_BYTES)
     a.populated = PAGE_BYTES
-    atomic_store(&log.control.reserved_end, a.end + CONTINUES_SIZE)
+    atomic_store(&log.control.reserved_end, a.end + LINK_BYTES)
     record_pack(a.base + a.end, a.salt, a.end, KIND_CONTINUES, log.version, NULL, 0, &link, sizeof(link))
-    a.end += CONTINUES_SIZE
-    log.log_bytes += CONTINUES_SIZE
+    a.end += LINK_BYTES
+    log.log_bytes += LINK_BYTES
     commit(log, number, a.end, log.version, NULL, 0, 0)
+
+
+cdef uint64_t MARK_BYTES = MARK_SIZE, LINK_BYTES = CONTINUES_SIZE

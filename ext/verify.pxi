@@ -34,9 +34,10 @@ def survey_index(Log log, bint searching) -> tuple:
     cdef uint64_t *found = NULL
     cdef uint64_t *grown
     cdef size_t n = 0, room = 0, i
-    cdef record_view r
-    cdef Probe p
+    cdef PyObject *key_object = NULL
+    cdef Trouble t
     cdef Bytes key
+    cdef uint64_t location
     cdef list lost = []
     cdef int status
     try:
@@ -48,23 +49,26 @@ def survey_index(Log log, bint searching) -> tuple:
                 if grown == NULL:
                     raise MemoryError("no memory for the locations of all entries")
                 found = grown
-            for i in range(shards.count):
+            i = 0
+            while i < shards.count:
                 found[n] = shards.locations[i]
+                if searching:
+                    if log.clears != clears:
+                        raise ClosedError("the store was emptied")
+                    read_begin()
+                    t.indexes = shards.indexes
+                    status = key_at(log, found[n], &key_object, &t)
+                    read_end()
+                    if status == UNMAPPED or status == LOOK_CLOSER or status == NO_MEMORY:
+                        settle(log, status, &t)
+                        continue
+                    if status == FOUND:
+                        copied = owned(key_object)
+                        key_bytes(copied, &key)
+                        if find(log, key, &location) != FOUND or location != found[n]:
+                            lost.append(found[n])
                 n += 1
-                if not searching:
-                    continue
-                if log.clears != clears:
-                    raise ClosedError("the store was emptied")
-                status = read_record(log, shards.locations[i], &r)
-                if status == UNMAPPED:
-                    settle(log, status)
-                    status = read_record(log, shards.locations[i], &r)
-                if status != FOUND:
-                    continue
-                copied = PyBytes_FromStringAndSize(<const char *> r.key, r.key_length)  # `find` may unmap the record
-                key_bytes(copied, &key)
-                if find(log, key, &p) != FOUND or p.location != shards.locations[i]:
-                    lost.append(shards.locations[i])
+                i += 1
             PyErr_CheckSignals()
         if n:
             sort_locations(found, found + room, n)
@@ -77,3 +81,14 @@ def survey_index(Log log, bint searching) -> tuple:
         return PyBytes_FromStringAndSize(<char *> found, n * sizeof(uint64_t)), lost
     finally:
         free(found)
+
+
+cdef int key_at(Log log, uint64_t location, PyObject **key, Trouble *t) noexcept:
+    """The key of a record, as new bytes."""
+    cdef record_view r
+    cdef int status = LOOK_CLOSER if atomic_load(&log.attention) else read_record(log, location, &r, t)
+    if status == FOUND:
+        key[0] = new_bytes(<const char *> r.key, r.key_length)
+        if key[0] == NULL:
+            return NO_MEMORY
+    return status

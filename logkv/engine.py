@@ -214,55 +214,60 @@ class Engine:
         offset = (location - (segment.chunk << _core.CHUNK_UNITS)) << 3
         return self.path_of(segment.name), segment.number, offset
 
-    def _map_location(self, location: int) -> bool:
-        """Maps the segment of a location, or more of it; False if there is no more."""
+    # Several threads may ask at a time: each says what it knew, and the first answer may serve them all.
+
+    def _map_location(self, location: int, known: int) -> bool:
+        """Maps the segment of a location, of which `known` bytes were, or more of it; False if there is no more."""
         chunk = location >> _core.CHUNK_UNITS
-        before = self.log.mapped(chunk)
-        segment = self.manifest.segment_at(chunk)
-        try:
-            if segment is not None:
-                self.map_segment(segment)
-                return self.log.mapped(chunk) > before
-        except CorruptionError:
+        with self._lock:
+            segment = self.manifest.segment_at(chunk)
+            try:
+                if segment is not None:
+                    self.map_segment(segment)
+                    return self.log.mapped(chunk) > known
+            except CorruptionError:
+                if not self._overtaken():
+                    raise
             if not self._overtaken():
-                raise
-        if not self._overtaken():
-            return False
-        self.manifest, _ = self._read_manifest()
-        if self.manifest.epoch != self._epoch:      # the store was cleared: all locations are others now
-            self._take_index()
-        return True
+                return False
+            self.manifest, _ = self._read_manifest()
+            if self.manifest.epoch != self._epoch:      # the store was cleared: all locations are others now
+                self._take_index()
+            return True
 
     def _index_changed(self) -> None:
         """The control page says something new: another index, another epoch, or, where ours is our own, a write."""
-        signs = self.log.signs
-        if self._read_manifest()[0].epoch != self._epoch:
-            self._take_index()
-        elif signs[0] == 0:             # a writer rebuilds the index; until it writes, ours is as good
-            self.log.heed((0, self._epoch if signs[1] else 0, signs[2]))
-        elif signs[0] != self.log.nonce or self.log.index_is_private:
-            self._take_index()
-        # else the store is about to be cleared, and is not yet
+        with self._lock:
+            signs = self.log.signs
+            if self._read_manifest()[0].epoch != self._epoch:
+                self._take_index()
+            elif signs[0] == 0:         # a writer rebuilds the index; until it writes, ours is as good
+                self.log.heed((0, self._epoch if signs[1] else 0, signs[2]))
+            elif signs[0] != self.log.nonce or self.log.index_is_private:
+                self._take_index()
+            # else the store is about to be cleared, and is not yet
 
-    def _index_grew(self) -> bool:
-        """Maps pages of the index that were added; False if there are none."""
-        before = _core.index_bytes(self.log)
-        try:
-            fd = self.directory.open(files.INDEX)
-        except OSError:
-            return False
-        try:
-            pages = os.fstat(fd).st_size // _core.PAGE
-            if pages * _core.PAGE > before and self.log.signs[0] == self.log.nonce \
-                    and os.fstat(fd).st_ino == self.log.trust.get("index_inode"):
-                _core.extend_index(self.log, fd, pages)
+    def _index_grew(self, known: int) -> bool:
+        """Maps pages of the index that were added to the `known` ones; False if there are none."""
+        with self._lock:
+            if _core.index_bytes(self.log) > known * _core.PAGE:
                 return True
-        finally:
-            os.close(fd)
-        if self.log.signs[0] == self.log.nonce:
-            return False
-        self._index_changed()
-        return True
+            try:
+                fd = self.directory.open(files.INDEX)
+            except OSError:
+                return False
+            try:
+                pages = os.fstat(fd).st_size // _core.PAGE
+                if pages > known and self.log.signs[0] == self.log.nonce \
+                        and os.fstat(fd).st_ino == self.log.trust.get("index_inode"):
+                    _core.extend_index(self.log, fd, pages)
+                    return True
+            finally:
+                os.close(fd)
+            if self.log.signs[0] == self.log.nonce:
+                return False
+            self._index_changed()
+            return True
 
     def _index_pages(self, pages: int) -> None:
         """More room for an index in memory."""
@@ -270,15 +275,17 @@ class Engine:
 
     def _index_damaged(self, why: str) -> None:
         """The index cannot be believed after all: one of our own takes its place."""
-        self._build_own_index(why)
+        with self._lock:
+            self._build_own_index(why)
 
     def refresh(self) -> None:
         """Looks at the store anew."""
-        if not self.writable:
-            if self._control_fd < 0:
-                self._map_control()
-            if self._read_manifest()[0].epoch != self._epoch or self.log.index_is_private:
-                self._take_index()
+        with self._lock:
+            if not self.writable:
+                if self._control_fd < 0:
+                    self._map_control()
+                if self._read_manifest()[0].epoch != self._epoch or self.log.index_is_private:
+                    self._take_index()
 
     def stats(self) -> dict[str, Any]:
         """What is known of the store now."""
