@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 SOURCES := $(wildcard ext/*) setup.py pyproject.toml
 SECONDS ?= 60
 
-.PHONY: demo test bench bench-compare proof market docs annotate dist clean
+.PHONY: demo test bench bench-compare proof market docs freethreaded annotate dist clean
 
 demo: $(VENV)/installed			## live prices from a writer and two readers, a kill, a recovery, a report
 	$(RUN) -m logkv demo
@@ -27,6 +27,9 @@ proof: $(VENV)/tools			## crash states, kills, flipped bits, stress: SECONDS=60 
 
 docs: $(VENV)/installed			## docs/api.md from the docstrings
 	$(RUN) docs/reference.py
+
+freethreaded:				## the tests without the GIL, on a CPython built for it once; ARGS="tests/test_store.py"
+	.ci/freethreaded $(ARGS)
 
 annotate:				## build/ext/_core.html: where Cython touches Python
 	LOGKV_ANNOTATE=1 $(RUN) setup.py -q build_ext --inplace --force

@@ -45,14 +45,19 @@ class _Busy:
     """A thread is opening or closing an engine."""
 
     def __init__(self) -> None:
-        self.ended = threading.Event()
-        self.thread = threading.get_ident()
+        self._under_way = threading.Lock()
+        self._under_way.acquire()
+        self._thread = threading.get_ident()
+
+    def end(self) -> None:
+        self._under_way.release()
 
     def wait(self, path: str, deadline: float | None) -> None:
         """Raises LockedError at the deadline, and where this thread would wait for itself: in a signal's handler."""
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        if self.thread == threading.get_ident() or not self.ended.wait(left):
+        left = -1 if deadline is None else max(0.0, deadline - time.monotonic())
+        if self._thread == threading.get_ident() or not self._under_way.acquire(timeout=left):
             raise LockedError(errno.EAGAIN, f"{path} is just being opened or closed in this process", pid=os.getpid())
+        self._under_way.release()
 
 
 def _shared(directory: files.Directory, writable: bool, make: Callable[[], Engine],
@@ -86,7 +91,7 @@ def _shared(directory: files.Directory, writable: bool, make: Callable[[], Engin
     finally:
         with _engines_lock:
             del _busy[key]
-        busy.ended.set()
+        busy.end()
 
 
 def _acquire_reader(path: str) -> Engine:
@@ -150,7 +155,7 @@ def _release(engine: Engine) -> None:
         with _engines_lock:
             for key in keys:
                 del _busy[key]
-        busy.ended.set()
+        busy.end()
 
 
 def _after_fork_in_child() -> None:

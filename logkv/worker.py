@@ -20,7 +20,8 @@ class Worker:
 
     def __init__(self, engine: Writing) -> None:
         self._engine = weakref.ref(engine)
-        self._wake = threading.Condition()
+        self._lock = threading.RLock()      # taken by itself where signals may strike: `with` of a Condition would leak it
+        self._wake = threading.Condition(self._lock)
         self._queue: list[tuple[float, int, str]] = []
         self._order = itertools.count()
         self._thread: threading.Thread | None = None
@@ -32,7 +33,7 @@ class Worker:
 
     def call_later(self, delay: float, method: Callable[..., Any]) -> None:
         """Runs a method of the engine after `delay` seconds."""
-        with self._wake:
+        with self._lock:
             if self._stopped:
                 return
             name = method.__name__
@@ -68,7 +69,7 @@ class Worker:
 
     def stop(self) -> None:
         """Drops what is waiting and returns when the thread has finished what it was at."""
-        with self._wake:
+        with self._lock:
             self._stopped = True
             self._queue.clear()
             self._wake.notify()

@@ -36,7 +36,8 @@ class Writing(Opening):
 
     def __init__(self, directory: files.Directory, options: Options, *, create: bool, timeout: float,
                  check: Callable[[Manifest], None] | None = None) -> None:
-        self._turn = threading.Condition()      # who syncs next
+        self._turn_lock = threading.RLock()
+        self._turn = threading.Condition(self._turn_lock)       # who syncs next
         self._leader: int | None = None         # the thread that syncs for all who wait
         self._sync_lock = threading.RLock()     # one fdatasync of the log at a time
         self._seal_lock = threading.RLock()     # `_lock`, of Engine, holds the MANIFEST, the active segment, rotation
@@ -199,7 +200,7 @@ class Writing(Opening):
     def _sync_to(self, version: int) -> None:
         """Shares the sync of another thread, if that began after this version; all who wait for it go on together."""
         me = threading.get_ident()
-        with self._turn:
+        with self._turn_lock:
             while self._leader not in (None, me) and (self._synced_version or 0) < version:
                 if not self._turn.wait(PATIENCE) and self._worker.runs_here():
                     self._give_way()
@@ -209,7 +210,7 @@ class Writing(Opening):
         try:
             self._sync_now()
         finally:
-            with self._turn:
+            with self._turn_lock:
                 self._leader = None
                 self._turn.notify_all()
 

@@ -94,7 +94,7 @@ def test_interrupts_at_random_moments(path: str) -> None:
         model, unsure = {}, {}
         for i in range(60):
             try:
-                signal.setitimer(signal.ITIMER_REAL, dice.uniform(0.0001, 0.01))
+                signal.setitimer(signal.ITIMER_REAL, dice.uniform(0.0001, 0.01), 1)   # again, if a finalizer swallows it
                 while True:
                     key, value = b"%d" % dice.randrange(500), b"%d " % dice.randrange(10**9) * 30
                     unsure = {key: value}
@@ -363,3 +363,39 @@ def test_a_directory_that_is_removed_under_its_writer(path: str) -> None:
     with pytest.raises(logkv.NotFoundError, match="opened again"):
         reader.refresh()
     reader.close()
+
+
+def test_a_handler_closes_the_store_while_the_worker_waits_for_its_thread(path: str) -> None:
+    """The handler's thread is in a sync, whose lock the worker waits for: closing must not wait for the worker then."""
+    code = """if True:
+        import logkv, sys, threading, time
+        from logkv import files
+        db = logkv.open(sys.argv[1], segment_size=65536)
+        real, frames = files.sync_data, sys._current_frames
+
+        def waits(frame):
+            return frame.f_code.co_name in ("_patiently", "_seal_oldest")
+
+        def sync_data(fd):
+            real(fd)
+            worker = [t for t in threading.enumerate() if t.name == "logkv"]
+            if threading.current_thread() is threading.main_thread() and worker:
+                until = time.monotonic() + 5
+                while not waits(frames()[worker[0].ident]) and time.monotonic() < until:
+                    time.sleep(0.001)
+                time.sleep(0.01)
+                files.sync_data = real
+                db.close()
+                print("closed")
+                sys.exit(7)
+
+        i = 0
+        while True:
+            db["key %d" % (i % 1000)] = "x" * 100
+            i += 1
+            if i == 450:
+                files.sync_data = sync_data
+                db.sync()
+    """
+    result = run(code, path)
+    assert result.returncode == 7 and "closed" in str(result.stdout), result.stderr

@@ -31,8 +31,10 @@ MODULES = {
 class Parser(argparse.ArgumentParser):
     """Wrong usage is one line and status 2, as any other error."""
 
+    hint = ""
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"logkv: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"logkv: {message} (see {self.prog} --help{self.hint})\n")
 
 
 class Commands:
@@ -46,18 +48,21 @@ class Commands:
         """A new command: its parser, to add arguments to.  `run` returns the exit status."""
         parser: argparse.ArgumentParser = self._subparsers.add_parser(
             name, help=summary, description=description, epilog=f"example: {example}" if example else None)
-        parser.set_defaults(run=run)
+        parser.set_defaults(run=run, parser=parser)
         return parser
 
 
-def _parser(command: str | None) -> Parser:
-    """Knows all commands; where the name of one is given, only those of its module."""
+def _parser(argv: Sequence[str]) -> Parser:
+    """Knows all commands; where these arguments name one, only those of its module."""
+    command = argv[0] if argv else None
     parser = Parser(prog="logkv", description="LogKV: a persistent dict that keeps everything in a log.",
                     epilog="example: logkv import prices.db prices.csv --key symbol --key time")
     parser.add_argument("--version", action="version", version=f"logkv {__version__}")
-    commands = Commands(parser.add_subparsers(title="commands", metavar="COMMAND"))
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
     for module in [module for module, names in MODULES.items() if command in names] or MODULES:
-        importlib.import_module(f"logkv.cli.{module}").register(commands)
+        importlib.import_module(f"logkv.cli.{module}").register(Commands(subparsers))
+    if command in MODULES["records"] and any(word[0] == "-" != word[1] for word in argv if len(word) > 1):
+        subparsers.choices[command].hint = "; -- goes before a key that begins with a dash"
     return parser
 
 
@@ -77,9 +82,13 @@ def _drop_output() -> None:
 
 
 def _run(argv: Sequence[str]) -> int:
-    parser = _parser(argv[0] if argv else None)
+    if argv and argv[0] == "help":
+        argv = [*argv[1:], "--help"]
+    parser = _parser(argv)
     _complete(parser)
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        getattr(arguments, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     if not hasattr(arguments, "run"):
         parser.print_help(sys.stderr)
         return 2
@@ -93,15 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status; wrong usage, --help and --version raise SystemExit."""
     try:
         return _run(sys.argv[1:] if argv is None else argv)
-    except KeyboardInterrupt as problem:        # whoever knows how far it came says so in the exception
-        status, message = 130, ": ".join(["interrupted", *map(str, problem.args)])
     except BrokenPipeError:
         # `logkv export | head`: the status that a shell gives to a program that SIGPIPE ends.  0 would say that
         # everything was written, which a reader that has died did not see either.
         _drop_output()
         return 141
-    except (OSError, ValueError, ImportError) as problem:
-        status, message = 2, explain(problem)
-    print(f"logkv: {message}", file=sys.stderr)
-    _drop_output()
-    return status
+    except (OSError, ValueError, ImportError, KeyboardInterrupt) as problem:
+        print(f"logkv: {explain(problem)}", file=sys.stderr)
+        _drop_output()
+        return 130 if isinstance(problem, KeyboardInterrupt) else 2

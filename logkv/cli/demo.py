@@ -372,7 +372,7 @@ def run(seconds: float, seed: int | None = None, directory: str | None = None, *
             "reads_while_dead": reads,
             "btc": btc.decode() if btc is not None else None,
             "keys": stats["keys"],
-            "log_bytes": stats["log_bytes"],
+            "log_bytes": stats["live_bytes"] + stats["dead_bytes"],
             "index_bytes": stats["index_bytes"],
             "segments": len(stats["segments"]),
             "logkv": rates["logkv"],

@@ -11,9 +11,10 @@ from typing import Any
 import logkv
 from logkv import files
 from logkv.cli import Commands
-from logkv.cli.terminal import bar, counted, emit, progress, size, table
+from logkv.cli.terminal import bar, counted, emit, percent, progress, size, table
 
 SEGMENTS = 20       # that are drawn, the newest
+PARTS = {"alive": "live", "dead": "dead", "framing": "framing", "free": "free"}       # of the log, and their fields
 
 
 def _writer(path: str) -> str | None:
@@ -32,31 +33,38 @@ def _writer(path: str) -> str | None:
 
 
 def _facts(path: str) -> dict[str, Any]:
-    """`stats()`, each segment's state, and who writes."""
+    """`stats()`, each segment's state, what of the log holds no records, and who writes."""
     with logkv.Reader(path, codec="bytes") as reader:
-        active = reader._open_engine().log.restore_state()[0]
+        active, end, _ = reader._open_engine().log.restore_state()
         facts = reader.stats()
+    free = 0
     for segment in facts["segments"]:
         segment["state"] = ("sealed" if segment["sealed"] else "full" if segment["number"] < active
                             else "active" if segment["number"] == active else "next")
+        if segment["number"] >= active:
+            free += segment["bytes"] - (end if segment["number"] == active else 0)
+    framing = facts["log_bytes"] - facts["live_bytes"] - facts["dead_bytes"] - free
     writer = _writer(path)
-    return facts | {"writer": int(writer) if writer and writer.isdigit() else writer}
+    return facts | {"free_bytes": max(free, 0), "framing_bytes": max(framing, 0),     # a writer may have gone on
+                    "writer": int(writer) if writer and writer.isdigit() else writer}
 
 
 def _share(part: int, whole: int) -> str:
     share = part / whole if whole else 0.0
-    return f"{bar(share)} {share:4.0%}"
+    return f"{bar(share)} {percent(share):>4}"
 
 
 def _show_stats(facts: dict[str, Any]) -> None:
-    live, dead, keys, index = (facts[name] for name in ("live_bytes", "dead_bytes", "keys", "index_bytes"))
+    keys, index = facts["keys"], facts["index_bytes"]
+    parts = [(name, facts[f"{field}_bytes"]) for name, field in PARTS.items()]
+    log = sum(part for _, part in parts)
     cuts, version, writer = len(facts["cuts"]), facts["last_version"], facts["writer"]
     written = datetime.fromtimestamp(version / 1e9).astimezone().isoformat(" ", "seconds") if version else "never"
     table(["", "", ""], [
         ("keys", f"{keys:,}", ""),
         ("values", facts["codec"] or "bytes", ""),
-        ("alive", size(live), _share(live, live + dead)),
-        ("dead", size(dead), _share(dead, live + dead)),
+        ("log", size(log), ""),
+        *((f"- {name}", size(part), _share(part, log)) for name, part in parts),
         ("index", size(index), f"{index / keys:,.1f} bytes a key" if keys else ""),
         ("torn tails cut", f"{cuts:,}", size(facts["cut_bytes"]) if cuts else ""),
         ("last write", written, ""),
@@ -105,8 +113,10 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def register(commands: Commands) -> None:
     stats = commands.add("stats", _stats, "show what a store holds and what it takes",
-                         "Shows keys, bytes alive and dead, the index, torn tails that were cut off after a crash, who "
-                         "writes, and the segments of the log. The store may be in use.", "logkv stats prices.db")
+                         "Shows keys, what the log's files hold (records alive and dead, the segments' framing, space "
+                         "that was allocated ahead and is free), the index, torn tails that were cut off after a "
+                         "crash, who writes, and the segments of the log. The store may be in use.",
+                         "logkv stats prices.db")
     verify = commands.add("verify", _verify, "check every byte of a store",
                           "Reads the whole store and compares every checksum, also where it does not open, or is in "
                           "use. Changes nothing. The status is 1 if something is damaged.", "logkv verify prices.db")

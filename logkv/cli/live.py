@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from logkv.cli.show import KINDS, Scene, Screen, Seen, Step, facts, factors, hints, plural, rates
+from logkv.cli.show import KINDS, Scene, Screen, Seen, Step, conditions, facts, factors, hints, plural, rates
 from logkv.cli.terminal import size
 
 WIDEST = 112        # columns
@@ -146,8 +146,9 @@ class LiveScreen(Screen):
         whole = report["found"] == report["acknowledged"]
         for what, much, remark in facts(report):
             lines.add_row(what, Text(much, "bold"), Text(remark, DEAD if remark.isupper() else UP))
-        self._console.print(Panel(Group(lines, "", self._rates(report)), title="report", title_align="left",
-                                  padding=(1, 2), width=self._width, border_style=UP if whole else "red3"))
+        whole_report = Group(lines, "", Text(conditions(report), "dim"), "", self._rates(report))
+        self._console.print(Panel(whole_report, title="report", title_align="left", padding=(1, 2),
+                                  width=self._width, border_style=UP if whole else "red3"))
         for hint in hints(report):
             self._console.print(Text(f" {hint}", "dim"), soft_wrap=True)
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import logkv
 from logkv.cli import Commands
-from logkv.cli.records import add_timeout, open_to_write
+from logkv.cli.records import add_timeout, opened_to_write
 from logkv.cli.sources import KINDS, Bad, Source, open_source
-from logkv.cli.terminal import emit, progress
+from logkv.cli.terminal import counted, emit, noted, progress
 
 STEP = 1000         # records between two words to the progress bar
 SHOWN = 5           # bad records that --skip-bad shows
@@ -27,6 +27,7 @@ class _Migration:
     fresh: bool                                     # the store was empty: no key can be there already
     copied: int = 0
     bad: set[int] = field(default_factory=set)      # the numbers of the records that were left out
+    held: int = 0                                   # records in the store, once the copying has ended
 
     def _records(self, title: str) -> Iterator[tuple[int, tuple[bytes, bytes] | Bad]]:
         """The source's records, numbered, with progress shown."""
@@ -40,17 +41,24 @@ class _Migration:
 
     def copy(self, skip_bad: bool) -> None:
         """Raises ValueError for the first bad record, unless they are to be skipped."""
-        for number, record in self._records("copying"):
-            bad = record if isinstance(record, Bad) else self._put(*record)
-            if bad is None:
-                self.copied += 1
-            elif skip_bad:
-                self.bad.add(number)
-                if len(self.bad) <= SHOWN:
-                    print(f"logkv: skipped: {bad}", file=sys.stderr)
-            else:
-                raise ValueError(f"{self.source.path}: {bad} ({self.copied:,} records were copied before it; "
-                                 "--skip-bad passes over what cannot be copied)")
+        try:
+            for number, record in self._records("copying"):
+                bad = record if isinstance(record, Bad) else self._put(*record)
+                if bad is None:
+                    self.copied += 1
+                elif skip_bad:
+                    self.bad.add(number)
+                    if len(self.bad) <= SHOWN:
+                        print(f"logkv: skipped: {bad}", file=sys.stderr)
+                else:
+                    raise ValueError(f"{self.source.path}: {bad} (--skip-bad passes over what cannot be copied)")
+        finally:
+            self.held = len(self.store)
+
+    def far(self) -> str:
+        """How far it came."""
+        return (f"{counted(self.copied, 'record')} copied before; {self.store.path} now holds "
+                f"{counted(self.held, 'record')}")
 
     def _put(self, key: bytes, value: bytes) -> Bad | None:
         if self.fresh and key in self.store:
@@ -69,17 +77,16 @@ class _Migration:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    with (open_source(arguments.source, arguments.kind, arguments.table, arguments.pickle) as source,
-          open_to_write(arguments.store, "c", arguments.timeout, new_codec=arguments.codec or source.codec,
-                        check=False) as store):
+    migration: _Migration | None = None
+    with (open_source(arguments.source, arguments.kind, arguments.table, arguments.columns, arguments.pickle) as source,
+          noted(lambda: migration.far() if migration else ""),
+          opened_to_write(arguments.store, "c", arguments.timeout, new_codec=arguments.codec or source.codec,
+                          check=False) as store):
         if store and not arguments.merge:
-            raise ValueError(f"{arguments.store} is not empty ({len(store):,} keys): --merge adds the records to what "
-                             "is there")
+            raise ValueError(f"{arguments.store} is not empty ({counted(len(store), 'record')}): remove "
+                             f"{arguments.store}, or use --merge, which adds to what is there")
         migration = _Migration(source, store, fresh=not store)
-        try:
-            migration.copy(arguments.skip_bad)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"{migration.copied:,} records were copied") from None
+        migration.copy(arguments.skip_bad)
         store.sync()
         result = {"source": arguments.source, "kind": source.kind, "store": arguments.store, "codec": store.codec,
                   "copied": migration.copied, "skipped": len(migration.bad), "expired": source.expired,
@@ -95,8 +102,8 @@ def _tell(result: dict[str, Any], unpickled: bool) -> None:
     differing = result["differing"]
     compared = ("not compared" if differing is None else
                 f"compared: {differing:,} DIFFER from the source" if differing else "compared: all equal")
-    print(f"{result['copied']:,} records copied from {result['source']} ({result['kind']}) to {result['store']}; "
-          f"{compared}")
+    copied = counted(result["copied"], "record")
+    print(f"{copied} copied from {result['source']} ({result['kind']}) to {result['store']}; {compared}")
     if result["skipped"]:
         print(f"{result['skipped']:,} skipped")
     if result["expired"]:
@@ -105,11 +112,19 @@ def _tell(result: dict[str, Any], unpickled: bool) -> None:
         if result["codec"] == "pickle":
             what = f'to read them: logkv.open({result["store"]!r}, codec="pickle")'
         elif unpickled:
-            what = "they were unpickled"
+            what = "unpickled"
         else:
-            what = ("they were copied as they are: logkv.shelve reads them, and a new store with --codec pickle gives "
-                    "the objects back")
-        print(f"{result['pickled']:,} values are pickles in the source; {what}")
+            what = ("copied as they are: logkv.shelve reads them, and a new store with --codec pickle gives the "
+                    "objects back")
+        are = "value is a pickle" if result["pickled"] == 1 else "values are pickles"
+        print(f"{result['pickled']:,} {are} in the source; {what}")
+
+
+def _columns(text: str) -> tuple[str, str]:
+    key, comma, value = text.partition(",")
+    if not (key and value) or "," in value:
+        raise argparse.ArgumentTypeError(f"the names of two columns are wanted, as in id,name, not {text!r}")
+    return key, value
 
 
 def register(commands: Commands) -> None:
@@ -126,6 +141,8 @@ def register(commands: Commands) -> None:
                         help=f"what the source is, if it is not to be found out: {', '.join(KINDS)}")
     parser.add_argument("--table", metavar="NAME", help="the table, where a file of SQLite's has several; "
                         "the named database of an LMDB")
+    parser.add_argument("--columns", type=_columns, metavar="KEY,VALUE", help="the columns of an SQLite table that "
+                        "have the keys and the values (default: key,value)")
     parser.add_argument("--codec", choices=["str", "json", "pickle"], help="the codec of the new store; values are "
                         "checked against it (default: none, but a LogKV store's own)")
     parser.add_argument("--pickle", action="store_true", help="unpickle: str becomes UTF-8, bytes stay, all else "

@@ -6,7 +6,11 @@ import argparse
 import base64
 import json
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import logkv
@@ -22,9 +26,35 @@ def as_json(name: str, content: bytes) -> dict[str, str]:
         return {f"{name}_b64": base64.b64encode(content).decode()}
 
 
-def open_to_write(path: str, flag: str, timeout: float, *, new_codec: str | None = None,
-                  check: bool = True) -> logkv.Store[Any]:
-    """The store, taking and giving values as they are stored; with `check`, only those that its codec can decode.
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C in the block raises KeyboardInterrupt at its end; a second one does so at once."""
+    came = False
+
+    def note(number: int, frame: object) -> None:
+        nonlocal came
+        if came:
+            raise KeyboardInterrupt
+        came = True
+
+    if (threading.current_thread() is not threading.main_thread()
+            or signal.getsignal(signal.SIGINT) is not signal.default_int_handler):
+        yield
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if came:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def opened_to_write(path: str, flag: str, timeout: float, *, new_codec: str | None = None,
+                    check: bool = True) -> Iterator[logkv.Store[Any]]:
+    """The store, taking and giving values as they are stored; with `check`, only those that its codec can decode.  It
+    is closed at the end, and Ctrl-C waits for that.
 
     new_codec: of a store that this creates; one that is there must have it, if it is given.
     """
@@ -36,7 +66,12 @@ def open_to_write(path: str, flag: str, timeout: float, *, new_codec: str | None
                 codec = reader.codec
     except logkv.NotFoundError:
         pass            # `flag` decides
-    return logkv.open(path, flag, codec=as_stored(codec, check=check), timeout=timeout)
+    store = logkv.open(path, flag, codec=as_stored(codec, check=check), timeout=timeout)
+    try:
+        yield store
+    finally:
+        with _interrupts_wait():
+            store.close()
 
 
 def add_timeout(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +102,7 @@ def _get(arguments: argparse.Namespace) -> int:
 
 def _put(arguments: argparse.Namespace) -> int:
     value = sys.stdin.buffer.read() if arguments.value == "-" else os.fsencode(arguments.value)
-    with open_to_write(arguments.store, "c", arguments.timeout) as store:
+    with opened_to_write(arguments.store, "c", arguments.timeout) as store:
         try:
             version = store.put(os.fsencode(arguments.key), value)
         except (UnicodeDecodeError, json.JSONDecodeError) as problem:
@@ -78,8 +113,11 @@ def _put(arguments: argparse.Namespace) -> int:
 
 
 def _delete(arguments: argparse.Namespace) -> int:
-    with open_to_write(arguments.store, "w", arguments.timeout, check=False) as store:
+    with opened_to_write(arguments.store, "w", arguments.timeout, check=False) as store:
         found = store.delete(os.fsencode(arguments.key))
+    if arguments.json:
+        emit({"deleted": found})
+        return 0 if found else 1
     return 0 if found else _missing(arguments)
 
 
@@ -101,3 +139,4 @@ def register(commands: Commands) -> None:
         add_timeout(parser)
     get.add_argument("--json", action="store_true", help="print key and value as a JSON object")
     put.add_argument("--json", action="store_true", help='print the version that the record got: {"version": ...}')
+    delete.add_argument("--json", action="store_true", help='print whether the key was there: {"deleted": ...}')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -148,10 +149,10 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("puts acknowledged", f"{acknowledged:,}", ""),
         ("found again", f"{found:,}", "all" if found == acknowledged else f"{acknowledged - found:,} ARE MISSING"),
         ("reopened in", f"{report['reopened_ms']:,.2f} ms", ""),
-        ("reads meanwhile", f"{report['reads_while_dead']:,}", "without a writer"),
+        ("reads", f"{report['reads_while_dead']:,}", "while no writer lived"),
         ('get("btc")', report["btc"] or "-", ""),
-        ("log on disk", size(report["log_bytes"]), plural(report["segments"], "segment")),
-        ("index on disk", size(report["index_bytes"]), ""),
+        ("log", size(report["log_bytes"]), plural(report["segments"], "segment")),
+        ("index", size(report["index_bytes"]), ""),
     ]
 
 
@@ -159,6 +160,12 @@ def rates(report: Mapping[str, Any]) -> dict[str, list[int]]:
     """Puts and gets a second of each store that was measured."""
     return {title: [report[name][f"{kind}_per_second"] for kind in KINDS]
             for name, title in STORES.items() if report[name]}
+
+
+def conditions(report: Mapping[str, Any]) -> str:
+    """What was measured."""
+    fewer = f" ({report['baseline']['records']:,} in pure Python)" if report["baseline"] else ""
+    return f"{report['logkv']['records']:,} short records{fewer}, nothing else running:"
 
 
 def factors(report: Mapping[str, Any]) -> list[str]:
@@ -181,7 +188,8 @@ def hints(report: Mapping[str, Any]) -> list[str]:
 def report_text(report: Mapping[str, Any]) -> str:
     """The report as plain text."""
     lines = [f"The writer was killed (SIGKILL) after {report['killed_after_ms'] / 1000:.2f} s, in mid-stream.", ""]
-    lines += [f"  {what:18}{much:>15}     {remark}".rstrip() for what, much, remark in facts(report)]
+    lines += [f"  {what:18}{much:>14}     {remark}".rstrip() for what, much, remark in facts(report)]
+    lines += ["", textwrap.fill(conditions(report), 60, initial_indent="  ", subsequent_indent="  ")]
     lines += ["", f"  {'':12}" + "".join(f"{f'{kind} per second':>20}" for kind in KINDS)]
     lines += [f"  {title:12}" + "".join(f"{number:>20,}" for number in numbers)
               for title, numbers in rates(report).items()]

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +63,15 @@ class Contents:
     codec: str | None = None        # that reads the values, if it is known
 
 
-Open = Callable[[Path, str | None], AbstractContextManager[Contents]]
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which part of a source is read, where it has several."""
+
+    table: str | None = None
+    columns: tuple[str, str] | None = None      # of a table, those of the keys and the values; None: key and value
+
+
+Open = Callable[[Path, Choice], AbstractContextManager[Contents]]
 
 
 # -- what comes of it ----------------------------------------------------------------------------------
@@ -191,7 +199,7 @@ def _package(module: str, remedy: str) -> Any:
 
 
 @contextmanager
-def _logkv(path: Path, _: str | None) -> Iterator[Contents]:
+def _logkv(path: Path, _: Choice) -> Iterator[Contents]:
     with logkv.Reader(path, codec="bytes") as reader:
         yield Contents(lambda: iter(reader.items()), len(reader), codec=reader.codec)
 
@@ -207,9 +215,9 @@ def _whichdb(path: Path) -> tuple[str, Path] | None:
 
 
 @contextmanager
-def _dbm(path: Path, table: str | None) -> Iterator[Contents]:
+def _dbm(path: Path, choice: Choice) -> Iterator[Contents]:
     if _is_sqlite(path):
-        with _sqlite(path, table) as contents:
+        with _sqlite(path, choice) as contents:
             yield contents
         return
     found = _whichdb(path)
@@ -240,8 +248,8 @@ def _dbm_keys(db: Any) -> Iterator[bytes]:
 
 
 @contextmanager
-def _shelve(path: Path, table: str | None) -> Iterator[Contents]:
-    with _dbm(path, table) as contents:
+def _shelve(path: Path, choice: Choice) -> Iterator[Contents]:
+    with _dbm(path, choice) as contents:
         def rows() -> Iterator[Row]:
             for key, value in contents.rows():
                 yield key, Pickle(value) if isinstance(value, bytes) else value
@@ -266,10 +274,15 @@ class _Database:
 
     def tables(self) -> dict[str, dict[str, str]]:
         """The columns of each table and view with their types, in lower case."""
-        names = [name for name, in self.select("name FROM sqlite_master WHERE type IN ('table', 'view')")]
+        names = [name for name, in self.select("name FROM sqlite_master WHERE type IN ('table', 'view') "
+                                               "AND name NOT GLOB 'sqlite_*'")]
         return {name: {column.lower(): kind.lower()
                        for column, kind in self.select("name, type FROM pragma_table_info(?)", name)}
                 for name in names}
+
+    def primary_key(self, table: str) -> list[str]:
+        """The names of its columns."""
+        return [name for name, in self.select("name FROM pragma_table_info(?) WHERE pk ORDER BY pk", table)]
 
     def pair_tables(self) -> dict[str, dict[str, str]]:
         """Those with a column "key", a column "value" and no other."""
@@ -297,18 +310,37 @@ def _connected(path: Path) -> Iterator[_Database]:
         yield _Database(path, connection)
 
 
-def _choose(db: _Database, table: str | None) -> str:
+def _choose(db: _Database, choice: Choice) -> str:
+    """The table to read."""
+    tables = db.tables()
+    key, value = choice.columns or ("key", "value")
+    fitting = {name: columns for name, columns in tables.items() if columns.keys() >= {key.lower(), value.lower()}}
+    table = choice.table
     if table is not None:
-        if not db.tables().get(table, {}).keys() >= {"key", "value"}:
-            raise ValueError(f"{db.path} has no table {table!r} with the columns key and value")
+        if table not in tables:
+            raise ValueError(f"{db.path} has no table {table!r}, only: {_named(tables)}")
+        if table not in fitting:
+            raise ValueError(f"{db.path}: table {table!r} has no columns {key} and {value}, only: "
+                             f"{', '.join(tables[table])} (--columns KEY,VALUE names the two to read)")
         return table
-    tables = list(db.pair_tables())
-    if not tables:
-        raise ValueError(f"{db.path} has no table of just the columns key and value "
-                         "(--table chooses one that has others too)")
-    if len(tables) > 1:
-        raise ValueError(f"{db.path} has several tables, choose one with --table: {', '.join(tables)}")
-    return tables[0]
+    if choice.columns is None:          # more columns might be part of what a record means
+        fitting = db.pair_tables()
+    if not fitting:
+        wanted = f"with the columns {key} and {value}" if choice.columns else "of just the columns key and value"
+        raise ValueError(f"{db.path} has no table {wanted}, only: {_named(tables)} "
+                         "(--columns KEY,VALUE names the two to read, --table NAME the table)")
+    if len(fitting) > 1:
+        raise ValueError(f"{db.path} has several tables, choose one with --table: {', '.join(fitting)}")
+    return next(iter(fitting))
+
+
+def _named(tables: Mapping[str, Iterable[str]]) -> str:
+    return ", ".join(f"{name} ({', '.join(columns)})" for name, columns in tables.items()) or "none at all"
+
+
+def _quoted(name: str) -> str:
+    """A name in SQL."""
+    return '"' + name.replace('"', '""') + '"'
 
 
 NULL = Unreadable("NULL cannot be stored")
@@ -321,21 +353,22 @@ def _sqlite_field(value: object) -> Field:
 
 
 @contextmanager
-def _sqlite(path: Path, table: str | None) -> Iterator[Contents]:
+def _sqlite(path: Path, choice: Choice) -> Iterator[Contents]:
     with _connected(path) as db:
-        name = _choose(db, table).replace('"', '""')
-        (length,), = db.select(f'count(*) FROM "{name}"')
+        name = _quoted(_choose(db, choice))
+        columns = ", ".join(map(_quoted, choice.columns or ("key", "value")))
+        (length,), = db.select(f"count(*) FROM {name}")
         db.connection.text_factory = bytes
 
         def rows() -> Iterator[Row]:
-            for key, value in db.select(f'key, value FROM "{name}"'):
+            for key, value in db.select(f"{columns} FROM {name}"):
                 yield _sqlite_field(key), _sqlite_field(value)
 
         yield Contents(rows, length)
 
 
 @contextmanager
-def _diskcache(path: Path, _: str | None) -> Iterator[Contents]:
+def _diskcache(path: Path, _: Choice) -> Iterator[Contents]:
     files = _diskcache_files(path)
     if not files:
         raise ValueError(f"{path} is no directory of diskcache")
@@ -398,7 +431,8 @@ def _diskcache_value(directory: Path, mode: object, name: object, value: object)
 
 
 @contextmanager
-def _lmdb(path: Path, table: str | None) -> Iterator[Contents]:
+def _lmdb(path: Path, choice: Choice) -> Iterator[Contents]:
+    table = choice.table
     lmdb = _package("lmdb", "pip install lmdb")
     lock = path / "lock.mdb" if path.is_dir() else path.with_name(path.name + "-lock")
     try:
@@ -427,7 +461,7 @@ def _lmdb(path: Path, table: str | None) -> Iterator[Contents]:
 
 
 @contextmanager
-def _leveldb(path: Path, _: str | None) -> Iterator[Contents]:
+def _leveldb(path: Path, _: Choice) -> Iterator[Contents]:
     """LevelDB writes to what it opens, so a copy is opened: its tables, which never change, are links."""
     plyvel = _package("plyvel", "pip install plyvel")
     from tempfile import TemporaryDirectory
@@ -486,10 +520,14 @@ def _bytes_at(path: Path, offset: int, count: int) -> bytes:
 
 
 def _is_sqlitedict(path: Path) -> bool:
+    """Whether a table has its layout, which others may have too, and begins with a pickle."""
     if not _is_sqlite(path):
         return False
     with _connected(path) as db:
-        return {"key": "text", "value": "blob"} in db.pair_tables().values()
+        return any(isinstance(value, bytes) and looks_pickled(value)
+                   for name, columns in db.pair_tables().items()
+                   if columns == {"key": "text", "value": "blob"} and db.primary_key(name) == ["key"]
+                   for value, in db.select(f"value FROM {_quoted(name)} LIMIT 1"))
 
 
 def _is_diskcache(path: Path) -> bool:
@@ -506,6 +544,7 @@ class Kind:
     is_one: Callable[[Path], bool]
     open: Open
     has_tables: bool = False
+    has_columns: bool = False
 
 
 KINDS = {       # asked in this order
@@ -513,8 +552,8 @@ KINDS = {       # asked in this order
     "leveldb": Kind(_is_leveldb, _leveldb),
     "lmdb": Kind(_is_lmdb, _lmdb, has_tables=True),
     "diskcache": Kind(_is_diskcache, _diskcache),
-    "sqlitedict": Kind(_is_sqlitedict, _sqlite, has_tables=True),
-    "sqlite": Kind(_is_sqlite, _sqlite, has_tables=True),
+    "sqlitedict": Kind(_is_sqlitedict, _sqlite, has_tables=True, has_columns=True),
+    "sqlite": Kind(_is_sqlite, _sqlite, has_tables=True, has_columns=True),
     "dbm": Kind(lambda path: _whichdb(path) is not None, _dbm),
     "shelve": Kind(lambda path: False, _shelve),        # by name only: nothing but its values tells it from a dbm
 }
@@ -531,11 +570,12 @@ def _kind_of(path: Path) -> str:
 
 @contextmanager
 def open_source(path: str, kind: str | None = None, table: str | None = None,
-                unpickle: bool = False) -> Iterator[Source]:
+                columns: tuple[str, str] | None = None, unpickle: bool = False) -> Iterator[Source]:
     """Opens what is at `path` for reading.
 
     kind: a name in KINDS; None finds it out.
     table: of those kinds that have several in one source.
+    columns: of an SQLite table, that of the keys and that of the values, if they are not "key" and "value".
     unpickle: whether pickles are unpickled, which runs what they say.
 
     Raises ValueError for what is not of this kind or damaged, ImportError if a package is missing, OSError.
@@ -544,5 +584,7 @@ def open_source(path: str, kind: str | None = None, table: str | None = None,
     name = kind or _kind_of(where)
     if table is not None and not KINDS[name].has_tables:
         raise ValueError(f"a source of the kind {name} has no tables to choose from")
-    with KINDS[name].open(where, table) as contents:
+    if columns is not None and not KINDS[name].has_columns:
+        raise ValueError(f"a source of the kind {name} has no columns to choose from")
+    with KINDS[name].open(where, Choice(table, columns)) as contents:
         yield Source(where, name, contents, unpickle)

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -20,13 +20,26 @@ class Update(Protocol):
 
 
 def explain(problem: BaseException) -> str:
-    """One line, without the number that an OSError begins with."""
-    if isinstance(problem, OSError) and problem.strerror:
+    """One line, without the number that an OSError begins with; its notes follow in brackets."""
+    if isinstance(problem, KeyboardInterrupt):
+        text = "interrupted"
+    elif isinstance(problem, OSError) and problem.strerror:
         where = f": {os.fsdecode(problem.filename)}" if problem.filename is not None else ""
         text = f"{problem.strerror}{where}"
     else:
         text = str(problem) or type(problem).__name__
-    return " ".join(text.splitlines())
+    return " ".join(text.splitlines()) + "".join(f" ({note})" for note in getattr(problem, "__notes__", ()))
+
+
+@contextmanager
+def noted(note: Callable[[], str]) -> Iterator[None]:
+    """Whatever ends the block early says how far it came: `note` is asked then; "" is nothing to say."""
+    try:
+        yield
+    except BaseException as problem:
+        if said := note():
+            problem.add_note(said)
+        raise
 
 
 def emit(thing: object) -> None:
@@ -49,10 +62,17 @@ def counted(number: int, thing: str) -> str:
 
 
 def bar(share: float, width: int = 24) -> str:
-    """A horizontal bar; whatever is more than nothing can be seen."""
+    """A horizontal bar; whatever is more than nothing can be seen, and whatever is missing."""
     full, empty = ("█", "░") if "utf" in (sys.stdout.encoding or "").lower() else ("#", ".")
-    filled = min(width, max(round(share * width), share > 0))
+    filled = min(width - (share < 1), max(round(share * width), share > 0))
     return full * filled + empty * (width - filled)
+
+
+def percent(share: float) -> str:
+    """0% and 100% are said of nothing and of everything only."""
+    if 0 < share < 0.005:
+        return "<1%"
+    return ">99%" if 0.995 <= share < 1 else f"{share:.0%}"
 
 
 def _rich(stream: Any) -> bool:

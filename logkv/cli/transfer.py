@@ -13,15 +13,15 @@ import stat
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import chain, islice, repeat
 from json.encoder import encode_basestring as quote
 from typing import Any, BinaryIO, NamedTuple
 
 import logkv
 from logkv.cli import Commands
-from logkv.cli.records import add_timeout, as_json, open_to_write
-from logkv.cli.terminal import Update, counted, emit, explain, progress
+from logkv.cli.records import add_timeout, as_json, opened_to_write
+from logkv.cli.terminal import Update, counted, emit, explain, noted, progress
 
 BLOCK = 64 << 10        # bytes that are read at once; what they hold is stored and acknowledged together
 CHUNK = 1_000           # pairs that are written at once
@@ -43,6 +43,7 @@ class Choice(NamedTuple):
     value: str | None           # column; None: all of them
     separator: str
     prefix: str
+    delimiter: str              # of CSV
 
 
 # -- what comes in --------------------------------------------------------------------------------------
@@ -102,23 +103,30 @@ def _why(problem: Exception) -> str:
         found = f"byte 0x{code - 0xdc00:02x}" if 0xdc80 <= code <= 0xdcff else f"half a character, \\u{code:04x}"
         return f"expected UTF-8, found {found}"
     if isinstance(problem, json.JSONDecodeError):
-        return f"expected JSON, found something else at column {problem.colno} ({problem.msg})"
+        return f"expected JSON, {_no_json(problem)}"
     return "expected JSON, found it nested too deeply" if isinstance(problem, RecursionError) else explain(problem)
+
+
+def _no_json(problem: json.JSONDecodeError) -> str:
+    return f"found something else at column {problem.colno} ({problem.msg})"
 
 
 class Loader:
     """Puts rows, counts them, and says so."""
 
-    def __init__(self, put: Put, name: str, skip_bad: bool, say: Callable[[int], None]) -> None:
-        """say: is told now and then how many rows are stored."""
-        self._put = put
+    def __init__(self, name: str, skip_bad: bool) -> None:
+        self._put: Put
+        self._say: Callable[[int], None]
         self._name = name
         self._skip_bad = skip_bad
-        self._say = say
         self._said = 0
         self.stored = 0
         self.bad = 0
         self.shown: list[str] = []      # the first bad lines
+
+    def begin(self, put: Put, say: Callable[[int], None]) -> None:
+        """say: is told now and then how many rows are stored."""
+        self._put, self._say = put, say
 
     def put_all(self, columns: Callable[[], Columns]) -> int:
         """Puts rows until one is bad, which is for `put_one` to find; how many were put."""
@@ -143,7 +151,7 @@ class Loader:
         """Counts a bad line, or raises BadLine."""
         message = f"{self._name}:{line}: {_why(problem)}"
         if not self._skip_bad:
-            raise BadLine(f"{message} ({counted(self.stored, 'row')} stored before)") from None
+            raise BadLine(message) from None
         self.bad += 1
         if len(self.shown) < SHOWN:
             self.shown.append(message)
@@ -179,6 +187,8 @@ class CsvShape:
     def columns(self, fields: Sequence[Sequence[str]], plain: bool) -> Columns:
         """The keys and values of rows whose columns are given; `plain`: JSON has nothing to escape in them."""
         chosen = [fields[column] for column in self._keys]
+        if not any(map(all, chosen)) and not all(map(any, zip(*chosen))):       # the first is quick and mostly enough
+            raise BadLine("expected a key, found an empty field")
         keys: Iterable[str] = chosen[0] if len(chosen) == 1 else map(self._separator.join, zip(*chosen))
         if self._prefix:
             keys = map(self._prefix.__add__, keys)
@@ -214,15 +224,17 @@ def _csv_problem(message: str) -> str:
 
 
 class Csv:
-    """A CSV file.  Blocks in which nothing is quoted are split at commas and line ends; `csv` reads the others."""
+    """A CSV file.  Blocks in which nothing is quoted are split at delimiters and line ends; `csv` reads the others."""
 
     def __init__(self, blocks: Iterator[bytes], name: str, choice: Choice) -> None:
         """Reads the header.  Raises ValueError if it is bad."""
         csv.field_size_limit(sys.maxsize)
         self._blocks = blocks
+        self._delimiter = choice.delimiter
+        self._special = SPECIAL.replace(choice.delimiter.encode("utf-8", "surrogateescape"), b"")
         self._lines: deque[str] = deque()               # that were read and not parsed
         self._rows: list[tuple[int, list[str]]] = []    # that were parsed and not put, and the lines where they begin
-        reader = csv.reader(self._more_lines(None), strict=True)
+        reader = self._reader(None)
         try:
             header = next(reader, None)
             if not header:
@@ -256,9 +268,9 @@ class Csv:
         """The columns of a block, if nothing in it is quoted and all lines have as many fields as the header."""
         width = self._shape.width
         block = block.replace(b"\r\n", b"\n")
-        if width == 1 or len(block.translate(None, SPECIAL)) != len(block):
+        if width == 1 or len(block.translate(None, self._special)) != len(block):
             return None
-        fields = _text(block).replace("\n", "\n,").split(",")
+        fields = _text(block).replace("\n", "\n" + self._delimiter).split(self._delimiter)
         fields.pop()
         columns = [fields[column::width] for column in range(width)]
         last = "".join(columns[-1]).split("\n")         # every line end is in the last column: then all have one
@@ -270,7 +282,7 @@ class Csv:
 
     def _parse(self, loader: Loader) -> None:
         """Puts the rows of the lines that were read; if the last row goes on behind them, more is read."""
-        reader = csv.reader(self._more_lines(loader), strict=True)
+        reader = self._reader(loader)
         while self._lines:
             line = self._line + reader.line_num
             try:
@@ -281,6 +293,9 @@ class Csv:
                 loader.reject(line, BadLine(_csv_problem(str(problem))))
         self._put_rows(loader)
         self._line += reader.line_num
+
+    def _reader(self, loader: Loader | None) -> Any:
+        return csv.reader(self._more_lines(loader), strict=True, delimiter=self._delimiter)
 
     def _more_lines(self, loader: Loader | None) -> Iterator[str]:
         """Lines for `csv`.  It asks for one when all rows before are whole: these are put before more is awaited."""
@@ -322,10 +337,21 @@ class JsonLines:
             loader.acknowledge()
 
 
+def _object(decode: Callable[[str], Any], line: str) -> dict[str, Any]:
+    """What a line says.  Raises BadLine if that is no object."""
+    try:
+        thing = decode(line)
+    except json.JSONDecodeError as problem:
+        raise BadLine(f"expected one JSON object on each line, {_no_json(problem)}") from None
+    if not isinstance(thing, dict):
+        raise BadLine(f"expected one JSON object on each line, found {shortened(line)}")
+    return thing
+
+
 def exported(line: str) -> Pair:
     """The pair of a line that `export` wrote.  Raises ValueError."""
-    thing = json.loads(line)
-    if isinstance(thing, dict) and len(thing) == 2:
+    thing = _object(json.loads, line)
+    if len(thing) == 2:
         key, value = _exported(thing, "key"), _exported(thing, "value")
         if key is not None and value is not None:
             return key, value
@@ -352,9 +378,7 @@ class JsonShape:
 
     def pair(self, line: str) -> Pair:
         """The key and the value of one object.  Raises ValueError."""
-        choice, thing = self._choice, self._decode(line)
-        if not isinstance(thing, dict):
-            raise BadLine(f"expected a JSON object, found {shortened(line)}")
+        choice, thing = self._choice, _object(self._decode, line)
         key = choice.prefix + choice.separator.join([_field(thing, name) for name in choice.keys])
         return key, compact(thing) if choice.value is None else _field(thing, choice.value)
 
@@ -396,12 +420,14 @@ def shortened(text: str) -> str:
 
 
 def _source(first: bytes, lines: Input, arguments: argparse.Namespace) -> Csv | JsonLines:
-    choice = Choice(arguments.key, arguments.value, arguments.separator, arguments.prefix)
+    choice = Choice(arguments.key, arguments.value, arguments.separator, arguments.prefix, arguments.delimiter or ",")
     blocks = chain([first] if first else [], lines)
     if _format(first, arguments) == "csv":
         if not choice.keys:
             raise ValueError("CSV needs --key COLUMN: the column that has the keys")
         return Csv(blocks, lines.name, choice)
+    if arguments.delimiter:
+        raise ValueError(f"--delimiter is for CSV, and {lines.name} is JSON Lines (--format says what a file is)")
     if choice.keys:
         return JsonLines(blocks, JsonShape(choice).pair)
     if choice.value is not None or choice.prefix:
@@ -430,8 +456,10 @@ def _without_gc() -> Iterator[None]:
 def _import(arguments: argparse.Namespace) -> int:
     with _opened(arguments.file) as lines:
         source = _source(next(lines, b"").removeprefix(BOM), lines, arguments)
-        with open_to_write(arguments.store, "c", arguments.timeout, new_codec=arguments.codec) as store:
-            loader = _load(source, lines, store, arguments)
+        loader = Loader(lines.name, arguments.skip_bad)
+        with (noted(lambda: f"{counted(loader.stored, 'row')} stored before"), _ended_early(loader, arguments.json),
+              opened_to_write(arguments.store, "c", arguments.timeout, new_codec=arguments.codec) as store):
+            _load(source, lines, store, loader, arguments)
     for message in loader.shown:
         print(f"logkv: {message}", file=sys.stderr)
     if loader.bad > len(loader.shown):
@@ -444,22 +472,30 @@ def _import(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _load(source: Csv | JsonLines, lines: Input, store: logkv.Store[Any], arguments: argparse.Namespace) -> Loader:
+@contextmanager
+def _ended_early(loader: Loader, as_json: bool) -> Iterator[None]:
+    """An error has its line among those that programs watch."""
+    try:
+        yield
+    except BaseException as problem:
+        if as_json:
+            with suppress(OSError):         # nobody reads it; the problem is told all the same
+                emit({"stored": loader.stored, "bad": loader.bad, "error": explain(problem)})
+        raise
+
+
+def _load(source: Csv | JsonLines, lines: Input, store: logkv.Store[Any], loader: Loader,
+          arguments: argparse.Namespace) -> None:
     def say(stored: int) -> None:
         update(stored if lines.size is None else lines.done)
         if arguments.json:
             emit({"acked": stored})
 
-    loader = Loader(store.put, lines.name, arguments.skip_bad, say)
+    loader.begin(store.put, say)
     unit = "records" if lines.size is None else "bytes"
     with progress("import", lines.size, unit=unit, show=_show(arguments.json)) as update, _without_gc():
-        try:
-            source.load(loader)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"{counted(loader.stored, 'row')} stored") from None
-        finally:
-            loader.acknowledge()
-    return loader
+        source.load(loader)
+        loader.acknowledge()
 
 
 def _show(is_written: bool) -> bool | None:
@@ -491,13 +527,17 @@ def _write(reader: logkv.Reader[bytes], file: BinaryIO, update: Update) -> int:
 @contextmanager
 def _replaced(path: str) -> Iterator[BinaryIO]:
     """A file that gets its name when it is whole; what had the name before is there until then."""
-    path = os.path.realpath(path)
+    name, path = path, os.path.realpath(path)
     if os.path.exists(path) and not os.path.isfile(path):       # a device, a pipe
         with open(path, "wb") as file:
             yield file
         return
     part = f"{path}.{os.getpid()}.part"
-    with open(part, "xb") as file:
+    try:
+        file = open(part, "xb")
+    except OSError as problem:
+        raise OSError(problem.errno, problem.strerror, name) from None
+    with file:
         try:
             yield file
             file.flush()
@@ -522,6 +562,13 @@ def _export(arguments: argparse.Namespace) -> int:
 # -- the commands ---------------------------------------------------------------------------------------
 
 
+def _delimiter(text: str) -> str:
+    delimiter = "\t" if text == r"\t" else text
+    if len(delimiter) != 1 or delimiter in '"\r\n':
+        raise argparse.ArgumentTypeError(f"one character is wanted, and no quote or line end, not {text!r}")
+    return delimiter
+
+
 def register(commands: Commands) -> None:
     add = commands.add("import", _import, "store the rows of a CSV or JSON Lines file",
                        "Stores the rows of a CSV file with a header, or the objects of a file of JSON Lines. Without "
@@ -533,6 +580,8 @@ def register(commands: Commands) -> None:
     add.add_argument("--format", choices=("csv", "jsonl"),
                      help="what the file is (default: as its name ends, in .csv, .jsonl, .ndjson or .json, else as it "
                      "begins)")
+    add.add_argument("--delimiter", type=_delimiter, metavar="CHAR",
+                     help=r"what is between the fields of CSV (default: a comma); \t is a tab")
     add.add_argument("--key", action="append", default=[], metavar="COLUMN",
                      help="the column that has the key; given again, the columns are joined")
     add.add_argument("--separator", default="/", metavar="TEXT",
