@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import doctest
+import gc
 import json
 import os
 import pty
@@ -129,6 +130,13 @@ def test_any_bytes(path: str) -> None:
     assert run("get", path, key).returncode == 1
 
 
+def test_what_was_deleted_as_json(path: str) -> None:
+    run("put", path, "btc", "4411.99")
+    for status, found in ((0, b"true"), (1, b"false")):
+        done = run("delete", path, "btc", "--json")
+        assert (done.returncode, done.stdout, done.stderr) == (status, b'{"deleted": %s}\n' % found, b"")
+
+
 def test_a_newline_only_on_a_terminal(path: str) -> None:
     run("put", path, "btc", "4411.99")
     assert on_terminal("get", path, "btc") == "4411.99\r\n"
@@ -178,6 +186,28 @@ def test_every_command_has_an_example(name: str) -> None:
     done = run(name, "--help")
     assert done.returncode == 0
     assert f"example: logkv {name} " in " ".join(done.stdout.decode().split())
+
+
+@pytest.mark.parametrize("asked", [[], *([name] for name in COMMANDS)], ids=" ".join)
+def test_the_word_help(asked: list[str]) -> None:
+    done = run("help", *asked)
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout.startswith(b"usage: ")
+    assert done.stdout == run(*asked, "--help").stdout
+    assert "'nonsense'" in fails("help", "nonsense")
+
+
+@pytest.mark.parametrize("arguments", ["export", "export s f more", "export s --nonsense", "put s -x v"])
+def test_wrong_usage_names_the_help_of_the_command(arguments: str) -> None:
+    command = arguments.split()[0]
+    assert f"(see logkv {command} --help" in fails(*arguments.split())
+    assert "(see logkv --help)" in fails("--nonsense")
+
+
+def test_a_key_that_begins_with_a_dash(path: str) -> None:
+    assert "-- goes before a key that begins with a dash" in fails("put", path, "-x", "v")
+    assert "dash" not in fails("put", path, "x")
+    assert run("put", path, "--", "-x", "v").returncode == 0
+    assert run("get", path, "--", "-x").stdout == b"v"
 
 
 def test_version() -> None:
@@ -238,14 +268,47 @@ def test_interrupt(path: str) -> None:
         assert process.stdout.readline() == b'{"acked": 2}\n'
         process.send_signal(signal.SIGINT)
         assert process.wait(LIMIT) == 130
-        assert process.stderr.read() == b"logkv: interrupted: 2 rows stored\n"
+        assert process.stderr.read() == b"logkv: interrupted (2 rows stored before)\n"
     assert logkv.verify(path).ok
     with logkv.open(path) as db:
         assert dict(db) == {b"a": b"1", b"b": b"2"} and db.stats()["cut_bytes"] == 0
 
 
+@pytest.mark.parametrize("command, said", [
+    ("put STORE k v", ""), ("delete STORE old", ""), ("import STORE ROWS", " (2 rows stored before)"),
+    ("migrate OTHER STORE --merge", " (1 record copied before; STORE now holds 2 records)"),
+])
+def test_interrupts_wait_while_a_store_is_closed(command: str, said: str, path: str, tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    rows, other = tmp_path / "rows.jsonl", tmp_path / "other"
+    rows.write_text('{"key": "k", "value": "v"}\n{"key": "l", "value": "v"}\n')
+    for name in (other, path):
+        with logkv.open(name) as db:
+            db["k" if name == other else "old"] = "v"
+    close = logkv.Store.close
+    interrupts = [1]                # at each closing
+
+    def interrupted_close(store: logkv.Store) -> None:
+        for _ in range(interrupts.pop() if interrupts else 0):
+            signal.raise_signal(signal.SIGINT)
+        close(store)
+
+    monkeypatch.setattr(logkv.Store, "close", interrupted_close)
+    words = command.replace("STORE", path).replace("ROWS", str(rows)).replace("OTHER", str(other)).split()
+    assert main(words) == 130
+    assert capsys.readouterr().err == f"logkv: interrupted{said.replace('STORE', path)}\n"
+    assert json.loads(run("stats", path, "--json").stdout)["writer"] is None
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    interrupts.append(2)
+    with pytest.warns(ResourceWarning, match="was not closed"):
+        assert main(words) == 130
+        gc.collect()
+
+
 @pytest.mark.parametrize("problem, said", [
-    (ValueError("two\nlines"), "two lines"), (KeyboardInterrupt(), "KeyboardInterrupt"),
+    (ValueError("two\nlines"), "two lines"), (KeyboardInterrupt(), "interrupted"),
     (OSError(28, "No space left on device", "/a/b"), "No space left on device: /a/b"),
     (OSError(28, "No space left on device", b"/a/b"), "No space left on device: /a/b"),
 ])
@@ -293,6 +356,8 @@ def test_stats(filled: str) -> None:
     assert facts["writer"] is None
     states = [segment["state"] for segment in facts["segments"]]
     assert len(states) > 3 and states.count("active") == 1
+    parts = [facts[f"{name}_bytes"] for name in ("live", "dead", "framing", "free")]
+    assert sum(parts) == sum(segment["bytes"] for segment in facts["segments"]) and min(parts) > 0
     text = run("stats", filled).stdout.decode()
     assert re.search(r"^keys +10,000$", text, re.M) and re.search(r"^writer +none$", text, re.M)
     drawn = re.findall(r"^(\d+) +(\w+) +([\d,]+)  █+░*", text, re.M)
@@ -300,6 +365,33 @@ def test_stats(filled: str) -> None:
     with logkv.open(filled):
         assert json.loads(run("stats", filled, "--json").stdout)["writer"] == os.getpid()
         assert re.search(rf"^writer +pid {os.getpid()}$", run("stats", filled).stdout.decode(), re.M)
+
+
+def test_stats_add_up(path: str) -> None:
+    """What is alive is not all that the files take: space is allocated ahead."""
+    with logkv.open(path) as db:
+        for number in range(5_000):
+            db[str(number)] = "x" * 300
+        end = sum(db.stats()[name] for name in ("live_bytes", "dead_bytes"))
+        facts = json.loads(run("stats", path, "--json").stdout)
+        text = run("stats", path).stdout.decode()
+    [segment] = facts["segments"]
+    assert facts["framing_bytes"] + facts["free_bytes"] == segment["bytes"] - end > 100_000
+    assert 0 < facts["framing_bytes"] < 1_000
+    rows = {name: (size, bar, share) for name, size, bar, share
+            in re.findall(r"^- (\w+) +([\d.]+ k?M?B) +(█*░*) +(\S+)$", text, re.M)}
+    assert re.search(rf"^log +{terminal.size(segment['bytes'])}$", text, re.M)
+    for name, part in (("alive", facts["live_bytes"]), ("free", facts["free_bytes"])):
+        assert rows[name] == (terminal.size(part), terminal.bar(part / segment["bytes"]),
+                              f"{part / segment['bytes']:.0%}")
+    assert rows["dead"][1:] == ("░" * 24, "0%") and rows["framing"][1:] == ("█" + 23 * "░", "<1%")
+
+
+@pytest.mark.parametrize("share, text, filled", [(0.0, "0%", 0), (1e-6, "<1%", 1), (0.5, "50%", 12), (0.99, "99%", 23),
+                                                 (1 - 1e-6, ">99%", 23), (1.0, "100%", 24)])
+def test_a_bar_and_its_share_agree(share: float, text: str, filled: int) -> None:
+    assert terminal.percent(share) == text
+    assert sum(map(terminal.bar(share).count, "█#")) == filled
 
 
 def test_stats_of_many_segments(path: str) -> None:

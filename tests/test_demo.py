@@ -151,15 +151,25 @@ def test_text_and_directory(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout
     for text in ("  1 s  reader 1: ", "  reader 2: ", "SIGKILL", "Opened again in", "puts acknowledged  ",
-                 "found again ", "     all\n", "reopened in", 'get("btc")', "log on disk", "index on disk", "LogKV",
-                 "pure Python", "--seed 1\n", f"The store: {tmp_path / 'kept'}\n"):
+                 "found again ", "     all\n", "reopened in", 'get("btc")', "\n  log ", "\n  index ", "LogKV",
+                 "     while no writer lived\n", "pure Python", "--seed 1\n", f"The store: {tmp_path / 'kept'}\n"):
         assert text in done.stdout
+    assert "200,000 short records (20,000 in pure Python), nothing else running:" in " ".join(done.stdout.split())
     with logkv.Reader(tmp_path / "kept") as reader:
         assert reader["btc"].decode() in done.stdout
     assert list(scratch.iterdir()) == []
     again = run(scratch, "--dir", str(tmp_path / "kept"))
     assert again.returncode == 2
     assert again.stderr.startswith("logkv: --dir ") and again.stderr.count("\n") == 1
+
+
+def test_the_log_is_what_was_written(tmp_path: Path) -> None:
+    """And not the files, which are allocated ahead."""
+    done = run(tmp_path, "--seconds", "0.5", "--json", "--dir", "kept")
+    with logkv.Reader(tmp_path / "kept") as reader:
+        stats = reader.stats()
+    written = json.loads(done.stdout)["log_bytes"]
+    assert 0 <= stats["live_bytes"] + stats["dead_bytes"] - written < 1000       # closing leaves a mark
 
 
 def test_a_missing_put_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

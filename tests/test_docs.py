@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import doctest
 import importlib
-import os
 import pkgutil
 import re
 import runpy
-import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -17,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from test_cli import LIMIT, environment
 
 import logkv
 from logkv import codecs, dbm, shelve, verification
@@ -25,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = [importlib.import_module(module.name) for module in pkgutil.walk_packages(logkv.__path__, "logkv.")
            if not module.name.endswith("__main__")]
+SESSIONS = ("README.md", "docs/getting-started.md", "docs/command-line.md")     # can be typed along
 PUBLIC = {thing for module in (logkv, logkv.errors, codecs, dbm, shelve, verification)
           for name, thing in vars(module).items()
           if not name.startswith("_") and callable(thing) and thing.__module__.startswith("logkv.")
@@ -35,41 +35,75 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+def examples(page: Path) -> list[tuple[str, str]]:
+    """The language and the text of each."""
+    return re.findall(r"^```(python|console)\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+def programs(page: Path) -> list[str]:
+    return [text for language, text in examples(page) if language == "python"]
+
+
+WITH_PROGRAMS = [page for page in PAGES if programs(page)]
 
 
 # -- examples -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("page, number", [(page, number) for page in PAGES
-                                         for number in range(len(blocks(page, "python")))],
+def run_program(text: str, directory: Path) -> None:
+    """It ends well, and complains about nothing."""
+    (directory / "example.py").write_text(text)
+    ended = subprocess.run([sys.executable, "-W", "default::ResourceWarning", "example.py"], cwd=directory, text=True,
+                           capture_output=True, env=environment(), timeout=LIMIT)
+    assert (ended.returncode, ended.stderr) == (0, ""), text
+
+
+def run_session(text: str, directory: Path) -> None:
+    """Typed one after the other into one shell, each command prints what is shown."""
+    steps = [(re.sub(r"^> ", "", typed, flags=re.M), shown)
+             for typed, shown in re.findall(r"^\$ (.*\n(?:> .*\n)*)((?:(?!\$ ).*\n)*)", text, re.M)]
+    assert steps, text
+    script = 'logkv() { "$PYTHON" -m logkv "$@"; }\n' + "".join(
+        f"{typed}status=$?; printf '\\n@@@\\n'; (exit $status)\n" for typed, _ in steps)
+    ended = subprocess.run(["bash"], input=script, cwd=directory, text=True, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT, env=environment(PYTHON=sys.executable), timeout=LIMIT)
+    for (typed, shown), printed in zip(steps, ended.stdout.removesuffix("@@@\n").split("@@@\n"), strict=True):
+        shown, printed = shown.strip("\n") + "\n", printed.strip("\n") + "\n"   # `get` adds none to a value here
+        assert doctest.OutputChecker().check_output(shown, printed, doctest.ELLIPSIS), f"$ {typed}{printed}"
+
+
+@pytest.mark.parametrize("page, number", [(page, number) for page in WITH_PROGRAMS
+                                         for number in range(len(programs(page)))],
                          ids=lambda part: name_of(part) if isinstance(part, Path) else str(part))
-def test_examples(page: Path, number: int, tmp_path: Path) -> None:
-    """Each is a whole program: it ends well, and complains about nothing."""
-    (tmp_path / "example.py").write_text(blocks(page, "python")[number])
-    ended = subprocess.run([sys.executable, "-W", "default::ResourceWarning", "example.py"], cwd=tmp_path, text=True,
-                           capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert (ended.returncode, ended.stderr) == (0, "")
+def test_each_program_by_itself(page: Path, number: int, tmp_path: Path) -> None:
+    run_program(programs(page)[number], tmp_path)
+
+
+@pytest.mark.parametrize("page", sorted({*WITH_PROGRAMS, *(ROOT / name for name in SESSIONS)}), ids=name_of)
+def test_a_page_from_top_to_bottom(page: Path, tmp_path: Path) -> None:
+    """All of it in one directory."""
+    for language, text in examples(page):
+        if language == "python":
+            run_program(text, tmp_path)
+        elif name_of(page) in SESSIONS:
+            run_session(text, tmp_path)
+
+
+def test_types_of_programs(tmp_path: Path) -> None:
+    for page in WITH_PROGRAMS:
+        for number, text in enumerate(programs(page)):
+            (tmp_path / f"{re.sub('[^a-z]', '_', name_of(page).lower())}_{number}.py").write_text(text)
+    ended = subprocess.run([sys.executable, "-m", "mypy", "--strict", "--config-file=", "--cache-dir=cache",
+                            *sorted(file.name for file in tmp_path.iterdir())], cwd=tmp_path, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(MYPYPATH=str(ROOT)))
+    assert ended.returncode == 0, ended.stdout
 
 
 def test_the_pages_for_newcomers_have_examples() -> None:
-    assert len(blocks(ROOT / "README.md", "python")) >= 2
+    assert len(programs(ROOT / "README.md")) >= 2
     for name in ("getting-started", "durability", "drop-ins", "coming-from"):
-        assert blocks(ROOT / f"docs/{name}.md", "python"), name
-
-
-def test_commands_of_getting_started(tmp_path: Path) -> None:
-    """Typed one after the other, each prints what is shown."""
-    session = "".join(blocks(ROOT / "docs/getting-started.md", "console"))
-    steps = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", session, re.M)
-    assert steps
-    for command, shown in steps:
-        ended = subprocess.run([sys.executable, "-m", *shlex.split(command)], cwd=tmp_path, text=True,
-                               capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-        printed = ended.stdout + ended.stderr
-        if shown:       # `get` ends a value with a newline only on a terminal
-            printed = printed.removesuffix("\n") + "\n"
-        assert doctest.OutputChecker().check_output(shown, printed, doctest.ELLIPSIS), f"{command}\n{printed}"
+        assert programs(ROOT / f"docs/{name}.md"), name
+    for name in SESSIONS:
+        assert "console" in dict(examples(ROOT / name)), name
 
 
 @pytest.mark.parametrize("module", [module for module in [logkv, *MODULES]
@@ -119,11 +153,12 @@ def test_every_page_is_in_the_index() -> None:
 
 def test_the_map_of_the_code_is_whole() -> None:
     """Everything in CONTRIBUTING's map is there, and every module is in the map."""
-    mapped = re.findall(r"^\| `([\w./]+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    rows = re.findall(r"^\| (`.*?`) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    mapped = [name for row in rows for name in re.findall(r"`([\w./]+)`", row)]
     assert [name for name in mapped if not (ROOT / name).exists()] == []
     assert [name for name, times in Counter(mapped).items() if times > 1] == []
-    files = [*(ROOT / "ext").iterdir(), *(ROOT / "logkv").rglob("*.py*"), *(ROOT / "tests/proof").glob("*.py"),
-             *(ROOT / "docs").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    files = [ROOT / "setup.py", *(ROOT / "ext").iterdir(), *(ROOT / "logkv").rglob("*.py*"),
+             *(ROOT / "tests").rglob("*.py"), *(ROOT / "docs").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     assert {name_of(file) for file in files if file.suffix != ".pyc" and file.stat().st_size} - {*mapped} == set()
 
 

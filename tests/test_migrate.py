@@ -383,6 +383,48 @@ def test_one_of_several_tables(tmp_path: Path, migrate: Migrate, there: str,
     assert stored(there) == {b"x": b"z"}
 
 
+def test_columns_with_other_names(tmp_path: Path, migrate: Migrate, there: str,
+                                  capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_sqlite(tmp_path / "a.db", 'CREATE TABLE prices (Symbol TEXT, "a ""price""" TEXT, at INTEGER)',
+                         "CREATE TABLE log (id INTEGER PRIMARY KEY AUTOINCREMENT)",
+                         "INSERT INTO prices VALUES ('btc', '4411.99', 7)")
+    assert migrate(source, "--columns", "symbol,a \"price\"") == 0
+    assert "1 record copied" in capsys.readouterr().out
+    assert stored(there) == {b"btc": b"4411.99"}
+    assert migrate(source, "--columns", "symbol,at", "--table", "prices", "--merge") == 0
+    assert stored(there) == {b"btc": b"7"}
+    tables = 'prices (symbol, a "price", at), log (id)'
+    for options, said in (
+            ([], f"no table of just the columns key and value, only: {tables} (--columns KEY,VALUE names the two"),
+            (["--columns", "x,at"], f"no table with the columns x and at, only: {tables}"),
+            (["--table", "none"], f"no table 'none', only: {tables}"),
+            (["--table", "prices"], "table 'prices' has no columns key and value, only: symbol, a \"price\", at "
+                                    "(--columns KEY,VALUE names the two to read)")):
+        assert migrate(source, *options, "--merge") == 2
+        assert said in capsys.readouterr().err
+    assert migrate(make_dbm(tmp_path / "b", "dbm.dumb"), "--columns", "a,b", "--merge") == 2
+    assert "no columns" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", ["a", "a,", ",b", "a,b,c"])
+def test_columns_are_two(columns: str, migrate: Migrate, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        migrate(tmp_path, "--columns", columns)
+    assert "two columns" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns, value, kind", [
+    ("key TEXT PRIMARY KEY, value BLOB", pickle.dumps("x"), "sqlitedict"),
+    ("key TEXT PRIMARY KEY, value BLOB", b"4411.99", "sqlite"), ("key TEXT PRIMARY KEY, value BLOB", "text", "sqlite"),
+    ("key TEXT, value BLOB", pickle.dumps("x"), "sqlite"), ("key, value", pickle.dumps("x"), "sqlite"),
+])
+def test_a_plain_table_is_not_called_sqlitedict(columns: str, value: object, kind: str, tmp_path: Path,
+                                                migrate: Migrate, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_sqlite(tmp_path / "a.db", f"CREATE TABLE t ({columns})", ("INSERT INTO t VALUES ('a', ?)", (value,)))
+    assert migrate(source, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == kind
+
+
 def test_what_a_wal_holds_is_read(tmp_path: Path, migrate: Migrate, there: str) -> None:
     program = ("import os, sqlite3, sys; db = sqlite3.connect(sys.argv[1]); db.execute('PRAGMA journal_mode=wal');"
                "db.execute('CREATE TABLE t (key, value)'); db.execute('INSERT INTO t VALUES (1, 2)'); db.commit();"
@@ -457,6 +499,7 @@ def test_a_bad_record_stops_it(tmp_path: Path, migrate: Migrate, there: str,
     assert migrate(make_bad(tmp_path / "a.db")) == 2
     error = capsys.readouterr().err
     assert "key 'nothing': NULL" in error and "--skip-bad" in error and error.count("\n") == 1
+    assert error.endswith(f" (1 record copied before; {there} now holds 1 record)\n")
     assert stored(there) == {b"a": b"1"}
 
 
@@ -497,7 +540,7 @@ def test_a_store_with_something_in_it_needs_leave(tmp_path: Path, migrate: Migra
         db.update({"btc": "old", "eth": "301.50"})
     source = make_dbm(tmp_path / "a", "dbm.dumb")
     assert migrate(source) == 2
-    assert "--merge" in capsys.readouterr().err
+    assert f"{there} is not empty (2 records): remove {there}, or use --merge" in capsys.readouterr().err
     assert stored(there) == {b"btc": b"old", b"eth": b"301.50"}
     assert migrate(source, "--merge") == 0
     assert stored(there) == PAIRS | {b"eth": b"301.50"}
@@ -523,14 +566,14 @@ def test_the_summary(tmp_path: Path, migrate: Migrate, there: str, capsys: pytes
     assert migrate(source) == 0
     words = capsys.readouterr().out
     assert "2 records copied" in words and "(diskcache)" in words and "compared: all equal" in words
-    assert "1 left out: expired" in words and "--codec pickle" in words
+    assert "1 left out: expired" in words and "1 value is a pickle in the source" in words and "--codec pickle" in words
 
 
 def test_interrupted(tmp_path: Path, migrate: Migrate, there: str, capsys: pytest.CaptureFixture[str]) -> None:
     interrupt = pickle.dumps(Effect(signal.raise_signal, signal.SIGINT))
     source = make_cache(tmp_path / "cache", row("a", "1"), row("b", interrupt, mode=4))
     assert migrate(source, "--pickle") == 130
-    assert "interrupted" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"logkv: interrupted (1 record copied before; {there} now holds 1 record)\n"
     assert stored(there) == {b"a": b"1"}
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.proof.common import scratch
 from tests.test_cli import LIMIT, fails, run, started
 
 KILLS = int(os.environ.get("LOGKV_KILLS", "3"))
+CSV, JSON = ["--key", "k", "--value", "v"], ["--format", "jsonl", "--key", "k"]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 FIELD = TEXT | st.sampled_from(["", "plain", 'a "quote"', "a,b", "a\nb", "a\r\nb", "\\", "\x00", "\t", "ü", "\u2028"])
 BYTES = st.binary(max_size=12) | TEXT.map(str.encode)
@@ -50,12 +52,13 @@ def done(path: str, *arguments: str | Path, given: bytes = b"") -> str:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(header=st.lists(FIELD, min_size=2, max_size=4, unique=True), data=st.data(), block=st.integers(1, 200),
-       line_end=st.sampled_from(["\n", "\r\n"]), quote_all=st.booleans(), prefix=TEXT, separator=TEXT)
+       line_end=st.sampled_from(["\n", "\r\n"]), quote_all=st.booleans(), prefix=TEXT, separator=TEXT,
+       delimiter=st.sampled_from(",;\t|¦\\ a"))
 def test_csv(header: list[str], data: st.DataObject, block: int, line_end: str, quote_all: bool, prefix: str,
-             separator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+             separator: str, delimiter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is in the fields is stored, wherever the blocks end that are read."""
     def field(text: str) -> str:
-        return '"' + text.replace('"', '""') + '"' if quote_all or set(text) & set('",\r\n') else text
+        return '"' + text.replace('"', '""') + '"' if quote_all or set(text) & {'"', "\r", "\n", delimiter} else text
 
     monkeypatch.setattr(transfer, "BLOCK", block)
     row = st.lists(FIELD, min_size=len(header), max_size=len(header))
@@ -65,13 +68,16 @@ def test_csv(header: list[str], data: st.DataObject, block: int, line_end: str, 
     expected = {}
     for row in rows:
         fields = dict(zip(header, row, strict=True))
+        if not any(fields[name] for name in keys):
+            continue                # a bad line
         key = prefix + separator.join(fields[name] for name in keys)
         expected[key.encode()] = as_object(header, row) if value is None else fields[value].encode()
     with tempfile.TemporaryDirectory() as directory:
         file, path = Path(directory, "rows.csv"), os.path.join(directory, "store")
-        lines = [",".join(map(field, row)) + line_end for row in [header, *rows]]
+        lines = [delimiter.join(map(field, row)) + line_end for row in [header, *rows]]
         file.write_text("".join(lines), encoding="utf-8", newline="")
-        options = [f"--key={name}" for name in keys] + [f"--prefix={prefix}", f"--separator={separator}"]
+        options = [f"--key={name}" for name in keys] + [f"--prefix={prefix}", f"--separator={separator}", "--skip-bad",
+                                                         f"--delimiter={delimiter}"]
         assert main(["import", path, str(file), *options, *([] if value is None else [f"--value={value}"])]) == 0
         assert content(path) == expected
 
@@ -101,7 +107,7 @@ def test_many_rows(notes: list[str], value: str | None, path: str, tmp_path: Pat
     (b'k,v\n"a\nb","1,""2"""\nc,3\n', {b"a\nb": b'1,"2"', b"c": b"3"}),
     (b'"k\n",v,"k"\n1,2,3\n', {b"3": b"2"}),
     (b"k,v\na,\x00\n", {b"a": b"\x00"}),
-    (b"k,v\n,\n", {b"": b""}),
+    (b"k,v\na,\n", {b"a": b""}),
     (b"k,v\na,1\na,2\n", {b"a": b"2"}),
     (b"k,v\n", {}),
     (b"k,v", {}),
@@ -110,6 +116,41 @@ def test_many_rows(notes: list[str], value: str | None, path: str, tmp_path: Pat
 def test_forms_of_csv(text: bytes, expected: dict[bytes, bytes], path: str) -> None:
     done(path, "-", "--format", "csv", "--key", "k", "--value", "v", given=text)
     assert content(path) == expected
+
+
+def test_part_of_a_key_may_be_empty(path: str) -> None:
+    done(path, "-", *CSV, "--key", "v", given=b"k,v\na,\n,b\n")
+    assert content(path) == {b"a/": b"", b"/b": b"b"}
+
+
+@pytest.mark.parametrize("delimiter", ["\t", r"\t", ";", "ü"])
+def test_delimiters(delimiter: str, path: str) -> None:
+    text = "k,w|v|x,y\na,1|2|3,4\n".replace("|", "\t" if delimiter == r"\t" else delimiter).encode()
+    done(path, "-", "--key", "v", "--delimiter", delimiter, given=text)
+    assert content(path) == {b"2": b'{"k,w":"a,1","v":"2","x,y":"3,4"}'}
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t", ";", "\\", "ü"])
+def test_every_delimiter_is_quick(delimiter: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks without quotes do not go through `csv`."""
+    def split(source: transfer.Csv, block: bytes) -> list[list[str]] | None:
+        columns = before(source, block)
+        quick.append(columns is not None)
+        return columns
+
+    before, quick = transfer.Csv._split, list[bool]()
+    monkeypatch.setattr(transfer.Csv, "_split", split)
+    monkeypatch.setattr(transfer, "BLOCK", 64)
+    file = tmp_path / "rows.csv"
+    file.write_text("".join(f"{key}{delimiter}{value}\n" for key, value in [("k", "v"), *zip(range(100), range(100))]))
+    assert main(["import", path, str(file), *CSV, "--delimiter", delimiter]) == 0
+    assert len(quick) > 5 and all(quick)
+    assert content(path) == {str(number).encode(): str(number).encode() for number in range(100)}
+
+
+@pytest.mark.parametrize("delimiter", ["", "::", '"', "\n", "\r"])
+def test_what_is_no_delimiter(delimiter: str, path: str) -> None:
+    assert "one character" in fails("import", path, "-", *CSV, "--delimiter", delimiter, given=b"k,v\n")
 
 
 def test_one_column(path: str) -> None:
@@ -180,6 +221,12 @@ def test_export_replaces_a_file_when_it_is_whole(path: str, tmp_path: Path) -> N
     assert link.is_symlink() and len(file.read_text().splitlines()) == 2_000 and len(os.listdir(tmp_path)) == 3
 
 
+def test_export_names_the_file_that_was_asked_for(path: str, tmp_path: Path) -> None:
+    logkv.open(path).close()
+    file = tmp_path / "nowhere" / "all.jsonl"
+    assert fails("export", path, file) == f"No such file or directory: {file}"
+
+
 def test_export_of_a_store_that_is_written(path: str) -> None:
     with logkv.open(path) as db:
         db["btc"] = "4411.99"
@@ -187,9 +234,6 @@ def test_export_of_a_store_that_is_written(path: str) -> None:
 
 
 # -- what is wrong with a file --------------------------------------------------------------------------
-
-
-CSV, JSON = ["--key", "k", "--value", "v"], ["--format", "jsonl", "--key", "k"]
 
 
 @pytest.mark.parametrize("options, text, line, said, stored", [
@@ -201,13 +245,21 @@ CSV, JSON = ["--key", "k", "--value", "v"], ["--format", "jsonl", "--key", "k"]
     (["--key", "k"], b'k,v\n"a",\xed\xa0\x80\n', 2, "expected UTF-8, found byte 0xed", 0),
     (CSV, b'k,v\na,1\n"b,2\nc,3\n', 3, "expected a closing quote, found the end of the file", 1),
     (CSV, b'k,v\na,"1"2\n', 2, "not CSV", 0),
+    (CSV, b"k,v\na,1\n,2\nb,3\n", 3, "expected a key, found an empty field", 1),
+    (CSV, b'k,v\n"a",1\n"",2\n', 3, "expected a key, found an empty field", 1),
+    ([*CSV, "--prefix", "p"], b"k,v\n,2\n", 2, "expected a key, found an empty field", 0),
+    (CSV, b"k,v\n" + 9_000 * b"key,value\n" + b",value\n", 9_002, "expected a key, found an empty field", 9_000),
+    ([*CSV, "--key", "v"], b"k,v\na,\na,\n,\n", 4, "expected a key, found an empty field", 2),
+    ([*CSV, "--delimiter", ";"], b"k;v\na;1\nb,2\n", 3, "expected 2 columns, found 1", 1),
     (CSV, b"k,v\n" + 70_000 * b"k" + b",1\n", 2, "a key has at most 65,535 bytes", 0),
     (CSV, b"k,v\n" + 9_000 * b"key,value\n" + b"k\n", 9_002, "expected 2 columns, found 1", 9_000),
     (CSV, b"k,v\n" + 9_000 * b"key,value\n" + b"one\nthree,3,3\n", 9_002, "expected 2 columns, found 1", 9_000),
     (CSV, b"k,v\n" + 5_000 * b'key,"two\nlines"\n' + b"k\n", 10_002, "expected 2 columns, found 1", 5_000),
     (CSV, b"k,v\n" + 9_000 * b"key,value\n" + b"\xff,1\n" + 9_000 * b"key,value\n", 9_002, "byte 0xff", 9_000),
-    (JSON, b'{"k": 1}\n\n{"k": 1\n', 3, "expected JSON, found something else at column", 1),
-    (JSON, b'{"k": 1}\n[1]\n', 2, "expected a JSON object, found [1]", 1),
+    (JSON, b'{"k": 1}\n\n{"k": 1\n', 3, "expected one JSON object on each line, found something else at column", 1),
+    (JSON, b'{"k": 1}\n[1]\n', 2, "expected one JSON object on each line, found [1]", 1),
+    (JSON, b'{\n  "k": 1\n}\n', 1, "expected one JSON object on each line", 0),
+    ([], b'[{"key": "a", "value": "1"}]\n', 1, "expected one JSON object on each line, found [{", 0),
     (JSON, b'{"k": null}\n', 1, "expected a value for 'k', found null", 0),
     (JSON, b'{"v": 1}\n', 1, "expected a value for 'k', found none", 0),
     (JSON, b'{"k": 1}\n{"k": NaN}\n', 2, "found NaN", 1),
@@ -237,6 +289,27 @@ def test_bad_lines(options: list[str], text: bytes, line: int, said: str, stored
     assert summary["bad"] >= 1 and summary["stored"] >= stored
 
 
+LIMITED = [sys.executable, "-c", "import resource, sys; from logkv.cli import main; "
+           "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)); sys.exit(main())"]
+
+
+def test_an_error_says_how_many_rows_were_stored(path: str, tmp_path: Path) -> None:
+    """Files that cannot grow; the same as a full disk."""
+    file = tmp_path / "rows.csv"
+    file.write_text("k,v\n" + "".join(f"key {number},{100 * 'x'}\n" for number in range(20_000)))
+    ended = run("import", path, file, *CSV, "--json", command=LIMITED)
+    last = json.loads(ended.stdout.splitlines()[-1])
+    stored = len(content(path))
+    assert ended.returncode == 2 and 1_000 < stored < 20_000
+    assert (last["stored"], last["bad"]) == (stored, 0) and "File too large" in last["error"]
+    assert ended.stderr.decode() == f"logkv: {last['error']} ({stored:,} rows stored before)\n"
+
+    with logkv.open(path):
+        ended = run("import", path, file, *CSV, "--json")
+    assert json.loads(ended.stdout)["stored"] == 0 and b"pid" in ended.stderr
+    assert ended.stderr.endswith(b" (0 rows stored before)\n")
+
+
 def test_skip_bad_shows_the_first_few(path: str) -> None:
     rows = [f"{number}," if number % 3 else f"{number}" for number in range(30)]
     ended = run("import", path, "-", *CSV, "--skip-bad", given="\n".join(["k,v", *rows]).encode())
@@ -258,6 +331,7 @@ def test_skip_bad_shows_the_first_few(path: str) -> None:
     ([], b"k,v\na,1\n", "CSV needs --key"),
     (["--value", "v"], b"{}\n", "need --key"),
     (["--prefix", "v"], b"{}\n", "need --key"),
+    (["--delimiter", ";"], b"{}\n", "--delimiter is for CSV"),
 ])
 def test_nothing_is_made_if_the_header_is_wrong(options: list[str], text: bytes, said: str, path: str) -> None:
     assert said in fails("import", path, "-", *options, given=text)
