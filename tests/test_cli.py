@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import doctest
 import gc
 import json
 import os
@@ -23,7 +22,6 @@ import logkv
 from logkv.cli import main, terminal
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "command-line.md"
 COMMANDS = ("get", "put", "delete", "import", "export", "migrate", "stats", "verify", "demo")
 LIMIT = 60          # seconds
 LOGKV = [sys.executable, "-m", "logkv"]
@@ -488,24 +486,6 @@ def test_completion(line: str, expected: list[str], tmp_path: Path) -> None:
 ])
 def test_sizes(number: float, text: str) -> None:
     assert terminal.size(number) == text
-
-
-# -- the page -------------------------------------------------------------------------------------------
-
-
-def test_the_page(tmp_path: Path) -> None:
-    """Every command of the page, from top to bottom, in one shell."""
-    blocks = re.findall(r"^```console\n(.*?)^```", PAGE.read_text(), re.M | re.S)
-    steps = [(re.sub(r"^> ", "", typed, flags=re.M), shown) for block in blocks
-             for typed, shown in re.findall(r"^\$ (.*\n(?:> .*\n)*)((?:(?!\$ ).*\n)*)", block, re.M)]
-    assert len(steps) > 20
-    script = 'logkv() { "$PYTHON" -m logkv "$@"; }\n' + "".join(
-        f"{typed}status=$?; printf '\\n@@@\\n'; (exit $status)\n" for typed, _ in steps)
-    done = subprocess.run(["bash"], input=script, env=environment(PYTHON=sys.executable), cwd=tmp_path, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=LIMIT, check=False)
-    for (typed, shown), said in zip(steps, done.stdout.removesuffix("@@@\n").split("@@@\n"), strict=True):
-        same = doctest.OutputChecker().check_output(shown.strip("\n") + "\n", said.strip("\n") + "\n", doctest.ELLIPSIS)
-        assert same, f"$ {typed}{said}"
 
 
 def test_main_returns_a_status(path: str, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
