@@ -8,13 +8,15 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from logkv import _core, files, manifest, recovery
 from logkv.errors import ClosedError, CorruptionError, Error, FormatError, NotFoundError
 from logkv.manifest import Instance, Manifest, Segment
+
+Progress = Callable[[int, int], None]
 
 ATTEMPTS = 50       # to see MANIFEST and control page of one moment while a writer changes both
 
@@ -25,8 +27,11 @@ class Engine:
     Follows a live writer in any process.  Without an index to trust it builds one of its own in memory.
     """
 
-    def __init__(self, directory: files.Directory, *, writable: bool = False) -> None:
-        """Takes the directory over; it is closed with the engine, also when this raises."""
+    def __init__(self, directory: files.Directory, *, writable: bool = False, progress: Progress | None = None) -> None:
+        """Takes the directory over; it is closed with the engine, also when this raises.
+
+        progress: called while this builds an index, with the bytes of the log that were read and those there are.
+        """
         self.directory = directory
         self.writable = writable
         self.users = 0
@@ -39,9 +44,11 @@ class Engine:
         self._epoch = 0                 # of the index that is in use
         self.codec: str | None          # of the values, while it is open
         self._opening = True
+        self.progress = progress or (lambda done, total: None)
         try:
             self._open()
             self._opening = False
+            self.progress = lambda done, total: None
         except BaseException:
             self.release()
             raise

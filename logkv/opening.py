@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from logkv import _core, files, manifest, recovery
-from logkv.engine import Engine, no_store
+from logkv.engine import Engine, Progress, no_store
 from logkv.errors import Error, NotFoundError
 from logkv.manifest import Instance, Manifest, Segment
 
@@ -53,8 +53,8 @@ class Opening(Engine):
     """A store with its writer's lock, from there to where puts may begin; and what its MANIFEST and index vouch for."""
 
     def __init__(self, directory: files.Directory, options: Options, *, create: bool, timeout: float,
-                 check: Callable[[Manifest], None] | None = None) -> None:
-        """check: raises if a store is not to be opened; it is not touched then."""
+                 check: Callable[[Manifest], None] | None = None, progress: Progress | None = None) -> None:
+        """check: raises if a store is not to be opened; it is not touched then.  progress: as of `Engine`."""
         self.options = options
         self._check = check
         self._create_missing = create
@@ -63,7 +63,7 @@ class Opening(Engine):
         self._fds: dict[int, int] = {}          # of segments that are not sealed, open since before their first store
         self._synced_version: int | None = None  # all up to here is on the device; None: not known
         self.created = False                    # there was no store before
-        super().__init__(directory, writable=True)
+        super().__init__(directory, writable=True, progress=progress)
 
     def _open(self) -> None:
         began = time.perf_counter()

@@ -125,7 +125,10 @@ def rebuild(engine: Engine, why: str) -> Tail:
     version = 0
     first_open = None
     scanned = 0
+    sizes = {segment.number: engine.directory.size(segment.name)[0] for segment in engine.manifest.segments}
+    done, total = 0, sum(sizes.values())
     for segment in engine.manifest.segments:
+        engine.progress(done, total)
         if not segment.sealed:
             first_open = segment
             break
@@ -137,8 +140,10 @@ def rebuild(engine: Engine, why: str) -> Tail:
             if end != segment.end:
                 raise _damage(engine, segment, end, reason)
         version = max(version, segment.last_version)
+        done += sizes[segment.number]
     assert first_open is not None, "a MANIFEST ends with a segment that is not sealed"
     tail = walk(engine, first_open, START, version)
+    engine.progress(total, total)
     engine.recovered = {"index": "rebuilt", "why": why, "seconds": time.perf_counter() - began,
                         "footers_unreadable": scanned, "cut_bytes": 0}
     return tail

@@ -15,11 +15,11 @@ from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack, overload
 
 from logkv import _core, codecs, files, views
 from logkv.codecs import Codec, SupportsCodec
-from logkv.engine import Engine
+from logkv.engine import Engine, Progress
 from logkv.errors import ClosedError, Error, LockedError, ReadOnlyError
 from logkv.manifest import Manifest
 from logkv.opening import Options
-from logkv.verification import Progress, Report, verify_directory
+from logkv.verification import Report, verify_directory
 from logkv.writer import Writing, writers
 
 V = TypeVar("V")
@@ -33,6 +33,7 @@ class _Options(TypedDict, total=False):
     sync: Sync
     segment_size: int
     timeout: float
+    progress: Progress | None
 
 
 _Key = tuple[int, int, bool]                    # device, inode, writable
@@ -94,12 +95,13 @@ def _shared(directory: files.Directory, writable: bool, make: Callable[[], Engin
         busy.end()
 
 
-def _acquire_reader(path: str) -> Engine:
+def _acquire_reader(path: str, progress: Progress | None = None) -> Engine:
     directory = files.Directory(path)
-    return _shared(directory, False, lambda: Engine(directory), None)[0]
+    return _shared(directory, False, lambda: Engine(directory, progress=progress), None)[0]
 
 
-def _acquire_writer(path: str, flag: str, mode: int, options: Options, timeout: float) -> Writing:
+def _acquire_writer(path: str, flag: str, mode: int, options: Options, timeout: float,
+                    progress: Progress | None = None) -> Writing:
     if not isinstance(mode, int):
         raise TypeError(f"mode must be an int, not {type(mode).__name__}")
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
@@ -115,7 +117,7 @@ def _acquire_writer(path: str, flag: str, mode: int, options: Options, timeout: 
 
     def make() -> Engine:
         left = max(0.0, deadline - time.monotonic()) if timeout else 0
-        made = Writing(directory, options, create=flag in "cn", timeout=left, check=check)
+        made = Writing(directory, options, create=flag in "cn", timeout=left, check=check, progress=progress)
         try:
             if flag == "n" and not made.created:
                 made.clear(options.codec)
@@ -349,25 +351,28 @@ class Reader(_Reading[V], Mapping[bytes, V]):
     """
 
     @overload
-    def __init__(self: Reader[bytes], path: Path, *, codec: Literal["bytes"] | None = None) -> None: ...
+    def __init__(self: Reader[bytes], path: Path, *, codec: Literal["bytes"] | None = None,
+                 progress: Progress | None = None) -> None: ...
     @overload
-    def __init__(self: Reader[str], path: Path, *, codec: Literal["str"]) -> None: ...
+    def __init__(self: Reader[str], path: Path, *, codec: Literal["str"], progress: Progress | None = None) -> None: ...
     @overload
-    def __init__(self: Reader[Any], path: Path, *, codec: str | Codec | None) -> None: ...
+    def __init__(self: Reader[Any], path: Path, *, codec: str | Codec | None,
+                 progress: Progress | None = None) -> None: ...
     @overload
-    def __init__(self, path: Path, *, codec: SupportsCodec[V]) -> None: ...
+    def __init__(self, path: Path, *, codec: SupportsCodec[V], progress: Progress | None = None) -> None: ...
 
-    def __init__(self, path: Path, *, codec: Any = None) -> None:
+    def __init__(self, path: Path, *, codec: Any = None, progress: Progress | None = None) -> None:
         """Opens the store at `path`.
 
         codec: what the values are encoded with, as for `logkv.open`; "bytes": the stored bytes, whatever it is.
+        progress: called while an index is built, as for `logkv.open`.
 
         Raises NotFoundError, FormatError, CorruptionError, Error, ValueError (the store has another codec).  O(1) beside
         a live or closed writer; after a power cut it builds an index of its own in memory, at some 100 ns a record.
         """
         codecs.resolve(codec)
         name = os.fsdecode(path)
-        self._hold(_acquire_reader(name), name, codec)
+        self._hold(_acquire_reader(name, progress), name, codec)
 
 
 class _WritingHandle(_Handle[V]):
@@ -411,11 +416,11 @@ class Writer(_WritingHandle[V], _core.WriteHandle[V]):
                  **options: Unpack[_Options]) -> None: ...
 
     def __init__(self, path: Path, *, mode: int = 0o666, sync: Sync = "os", segment_size: int = 256 << 20,
-                 timeout: float = 0, codec: Any = None) -> None:
+                 timeout: float = 0, codec: Any = None, progress: Progress | None = None) -> None:
         """Opens the store at `path` for writing and creates it if it is missing; the arguments are `open`'s."""
         name = os.fsdecode(path)
         options = Options(sync, segment_size, codecs.resolve(codec).name)
-        self._hold(_acquire_writer(name, "c", mode, options, timeout), name, codec)
+        self._hold(_acquire_writer(name, "c", mode, options, timeout, progress), name, codec)
 
     def __reduce__(self) -> Any:
         raise TypeError(f"{self!r} is the store's one writer and is not pickled; pickle a Reader")
@@ -441,13 +446,15 @@ class Store(_WritingHandle[V], _Reading[V], _core.WriteHandle[V], MutableMapping
                  **options: Unpack[_Options]) -> None: ...
 
     def __init__(self, path: Path, flag: str = "c", mode: int = 0o666, *, sync: Sync = "os",
-                 segment_size: int = 256 << 20, timeout: float = 0, codec: Any = None) -> None:
+                 segment_size: int = 256 << 20, timeout: float = 0, codec: Any = None,
+                 progress: Progress | None = None) -> None:
         """Opens the store at `path`; see `logkv.open`."""
         name = os.fsdecode(path)
         if flag not in ("r", "w", "c", "n"):
             raise ValueError(f'flag must be "r", "w", "c" or "n", not {flag!r}')
         options = Options(sync, segment_size, codecs.resolve(codec).name)
-        engine = _acquire_reader(name) if flag == "r" else _acquire_writer(name, flag, mode, options, timeout)
+        engine = _acquire_reader(name, progress) if flag == "r" else \
+            _acquire_writer(name, flag, mode, options, timeout, progress)
         self._hold(engine, name, codec)
 
     def update(self, other: Any = (), /, **more: Any) -> None:
@@ -519,7 +526,7 @@ def open(path: Path, flag: str = ..., mode: int = ..., *, codec: SupportsCodec[V
 
 
 def open(path: Path, flag: str = "c", mode: int = 0o666, *, sync: Sync = "os", segment_size: int = 256 << 20,
-         timeout: float = 0, codec: Any = None) -> Store[Any]:
+         timeout: float = 0, codec: Any = None, progress: Progress | None = None) -> Store[Any]:
     """Opens a store and returns a Store: a mapping of bytes to bytes, or to what the codec makes of them.
 
     path: its directory.
@@ -534,6 +541,8 @@ def open(path: Path, flag: str = "c", mode: int = 0o666, *, sync: Sync = "os", s
     codec: what the values are, if not bytes: "str", "json", "pickle" (never for a store of somebody you do not trust:
         unpickling runs what the store says), or an object with `encode(value) -> bytes | str` and
         `decode(bytes) -> value`.  Its name is kept in the store, which is not opened with another one.
+    progress: called as progress(done, total), in bytes of the log, while the index is rebuilt: after a power cut, or in
+        a copy of an open store.
 
     Raises NotFoundError, FormatError (something else is there, or a newer format), LockedError (another writer),
     CorruptionError, Error (an OSError: rights, a full disk), ValueError (among others: the store has another codec) and
@@ -548,7 +557,7 @@ def open(path: Path, flag: str = "c", mode: int = 0o666, *, sync: Sync = "os", s
     b'4411.99'
     >>> db.close()
     """
-    return Store(path, flag, mode, sync=sync, segment_size=segment_size, timeout=timeout, codec=codec)
+    return Store(path, flag, mode, sync=sync, segment_size=segment_size, timeout=timeout, codec=codec, progress=progress)
 
 
 __all__ = ["Reader", "Store", "Writer", "open"]

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from logkv import _core, files, manifest
-from logkv.engine import Engine, no_store
+from logkv.engine import Engine, Progress, no_store
 from logkv.errors import ClosedError, CorruptionError, NotFoundError
 from logkv.manifest import Segment
-
-Progress = Callable[[int, int], None]
 
 START = _core.SEGMENT_HEADER
 UNKNOWN = 1 << 62               # the end of a segment that only a scan can find

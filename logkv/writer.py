@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from logkv import _core, files, manifest
-from logkv.engine import Engine
+from logkv.engine import Engine, Progress
 from logkv.errors import ClosedError, Error, ReadOnlyError
 from logkv.manifest import Manifest, Segment
 from logkv.opening import START, Opening, Options, file_step
@@ -35,7 +35,7 @@ class Writing(Opening):
     """
 
     def __init__(self, directory: files.Directory, options: Options, *, create: bool, timeout: float,
-                 check: Callable[[Manifest], None] | None = None) -> None:
+                 check: Callable[[Manifest], None] | None = None, progress: Progress | None = None) -> None:
         self._turn_lock = threading.RLock()
         self._turn = threading.Condition(self._turn_lock)       # who syncs next
         self._leader: int | None = None         # the thread that syncs for all who wait
@@ -45,7 +45,7 @@ class Writing(Opening):
         self.problem: BaseException | None = None   # the last failure on the background thread
         self._closing = False
         _alive.add(self)
-        super().__init__(directory, options, create=create, timeout=timeout, check=check)
+        super().__init__(directory, options, create=create, timeout=timeout, check=check, progress=progress)
 
     def _open(self) -> None:
         super()._open()

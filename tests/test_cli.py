@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -494,3 +494,20 @@ def test_main_returns_a_status(path: str, capsysbinary: pytest.CaptureFixture[by
     assert main(["get", path, "b"]) == 1
     assert main(["get", path + "/missing", "b"]) == 2
     assert capsysbinary.readouterr().out == b"1"
+
+
+def test_a_bar_while_the_index_is_built(path: str) -> None:
+    """On a terminal, and only where it is built."""
+    main(["put", path, "a", "1"])
+    os.unlink(os.path.join(path, "index"))
+    for expected in (True, False):
+        parent, child = pty.openpty()
+        process = subprocess.Popen([sys.executable, "-m", "logkv", "put", path, "b", "2"], stderr=child,
+                                   env=environment(TERM="xterm"))
+        os.close(child)
+        said = b""
+        with suppress(OSError):              # the end of a terminal
+            while chunk := os.read(parent, 4096):
+                said += chunk
+        os.close(parent)
+        assert process.wait() == 0 and (b"index" in said) == expected

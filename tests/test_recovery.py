@@ -570,3 +570,21 @@ def test_records_of_a_newer_version_are_refused_not_cut(path: str, kind: int, fl
 
 def files_of(path: str) -> contextlib.closing[files.Directory]:
     return contextlib.closing(files.Directory(path))
+
+
+def test_progress_of_a_rebuild(path: str) -> None:
+    with logkv.open(path, segment_size=65_536) as db:
+        for number in range(3000):
+            db[f"{number}"] = bytes(100)
+    for opening in (logkv.open, logkv.Writer, logkv.Reader):
+        steps: list[tuple[int, int]] = []
+        opening(path, progress=lambda done, total: steps.append((done, total))).close()
+        assert not steps                        # a trusted index needs no time
+        os.unlink(os.path.join(path, "index"))
+        opening(path, progress=lambda done, total: steps.append((done, total))).close()
+        total = sum(file.stat().st_size for file in Path(path).glob("*.seg"))
+        assert steps[0] == (0, total) and steps[-1] == (total, total) and steps == sorted(steps) and len(steps) > 5
+        if opening is logkv.Reader:             # it has built its own
+            with pytest.raises(ZeroDivisionError):
+                logkv.open(path, progress=lambda done, total: 1 // 0)
+    logkv.open(path).close()

@@ -11,6 +11,7 @@ from typing import Any
 import logkv
 from logkv import files
 from logkv.cli import Commands
+from logkv.cli.stores import opened_to_read
 from logkv.cli.terminal import bar, counted, emit, percent, progress, size, table
 
 SEGMENTS = 20       # that are drawn, the newest
@@ -34,7 +35,7 @@ def _writer(path: str) -> str | None:
 
 def _facts(path: str) -> dict[str, Any]:
     """`stats()`, each segment's state, what of the log holds no records, and who writes."""
-    with logkv.Reader(path, codec="bytes") as reader:
+    with opened_to_read(path) as reader:
         active, end, _ = reader._open_engine().log.restore_state()
         facts = reader.stats()
     free = 0

@@ -10,8 +10,8 @@ from typing import Any
 
 import logkv
 from logkv.cli import Commands
-from logkv.cli.records import add_timeout, opened_to_write
 from logkv.cli.sources import KINDS, Bad, Source, open_source
+from logkv.cli.stores import add_timeout, opened_to_write
 from logkv.cli.terminal import counted, emit, noted, progress
 
 STEP = 1000         # records between two words to the progress bar

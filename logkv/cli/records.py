@@ -6,15 +6,10 @@ import argparse
 import base64
 import json
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
-import logkv
 from logkv.cli import Commands
+from logkv.cli.stores import add_timeout, opened_to_read, opened_to_write
 from logkv.cli.terminal import emit
 
 
@@ -26,60 +21,6 @@ def as_json(name: str, content: bytes) -> dict[str, str]:
         return {f"{name}_b64": base64.b64encode(content).decode()}
 
 
-@contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Ctrl-C in the block raises KeyboardInterrupt at its end; a second one does so at once."""
-    came = False
-
-    def note(number: int, frame: object) -> None:
-        nonlocal came
-        if came:
-            raise KeyboardInterrupt
-        came = True
-
-    if (threading.current_thread() is not threading.main_thread()
-            or signal.getsignal(signal.SIGINT) is not signal.default_int_handler):
-        yield
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if came:
-        raise KeyboardInterrupt
-
-
-@contextmanager
-def opened_to_write(path: str, flag: str, timeout: float, *, new_codec: str | None = None,
-                    check: bool = True) -> Iterator[logkv.Store[Any]]:
-    """The store, taking and giving values as they are stored; with `check`, only those that its codec can decode.  It
-    is closed at the end, and Ctrl-C waits for that.
-
-    new_codec: of a store that this creates; one that is there must have it, if it is given.
-    """
-    from logkv.codecs import as_stored
-    codec = new_codec
-    try:
-        with logkv.Reader(path, codec="bytes") as reader:
-            if new_codec is None:
-                codec = reader.codec
-    except logkv.NotFoundError:
-        pass            # `flag` decides
-    store = logkv.open(path, flag, codec=as_stored(codec, check=check), timeout=timeout)
-    try:
-        yield store
-    finally:
-        with _interrupts_wait():
-            store.close()
-
-
-def add_timeout(parser: argparse.ArgumentParser) -> None:
-    """For commands that write."""
-    parser.add_argument("--timeout", type=float, default=0.0, metavar="S",
-                        help="seconds to wait while another process writes (default: 0)")
-
-
 def _missing(arguments: argparse.Namespace) -> int:
     print(f"logkv: there is no key {arguments.key!r} in {arguments.store}", file=sys.stderr)
     return 1
@@ -87,8 +28,8 @@ def _missing(arguments: argparse.Namespace) -> int:
 
 def _get(arguments: argparse.Namespace) -> int:
     key = os.fsencode(arguments.key)
-    with logkv.Reader(arguments.store, codec="bytes") as reader:
-        value: bytes | None = reader.get(key)
+    with opened_to_read(arguments.store) as reader:
+        value = reader.get(key)
     if value is None:
         return _missing(arguments)
     if arguments.json:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import logkv
 from logkv import codecs
+from logkv.cli.stores import opened_to_read
 from logkv.cli.terminal import explain
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def _package(module: str, remedy: str) -> Any:
 
 @contextmanager
 def _logkv(path: Path, _: Choice) -> Iterator[Contents]:
-    with logkv.Reader(path, codec="bytes") as reader:
+    with opened_to_read(path) as reader:
         yield Contents(lambda: iter(reader.items()), len(reader), codec=reader.codec)
 
 

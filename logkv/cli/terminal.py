@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 REDRAW = 0.2        # seconds between two drawings of a plain progress line
@@ -161,6 +161,21 @@ def _state(done: int, total: int, rate: float, unit: str) -> str:
     if total:
         parts += [f"{done / total:.0%}", f"{(total - done) / rate:.0f} s left" if rate else ""]
     return ", ".join(filter(None, parts))
+
+
+@contextmanager
+def late_progress(title: str, *, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress that begins when it is told how much there is to do: update(done, total)."""
+    with ExitStack() as stack:
+        update: Update | None = None
+
+        def tell(done: int, total: int) -> None:
+            nonlocal update
+            if update is None:
+                update = stack.enter_context(progress(title, total, unit=unit))
+            update(done)
+
+        yield tell
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import logkv
 from logkv.cli import Commands
-from logkv.cli.records import add_timeout, as_json, opened_to_write
+from logkv.cli.records import as_json
+from logkv.cli.stores import add_timeout, opened_to_read, opened_to_write
 from logkv.cli.terminal import Update, counted, emit, explain, noted, progress
 
 BLOCK = 64 << 10        # bytes that are read at once; what they hold is stored and acknowledged together
@@ -550,7 +551,7 @@ def _replaced(path: str) -> Iterator[BinaryIO]:
 
 def _export(arguments: argparse.Namespace) -> int:
     to_stdout = arguments.file == "-"
-    with (logkv.Reader(arguments.store, codec="bytes") as reader,
+    with (opened_to_read(arguments.store) as reader,
           nullcontext(sys.stdout.buffer) if to_stdout else _replaced(arguments.file) as file,
           progress("export", len(reader), show=_show(to_stdout)) as update):
         done = _write(reader, file, update)
