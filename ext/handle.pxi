@@ -58,6 +58,7 @@ cdef inline int find(Log log, Bytes key, uint64_t *location) except -1:
     cdef Probe p
     cdef Trouble t
     cdef int status = MISSING
+    p.location = 0
     current(log)
     if key.size <= KEY_MAX:
         h = siphash13(log.seed, key.data, key.size)
@@ -79,6 +80,7 @@ cdef inline int fetch(Log log, Bytes key, PyObject **value, uint64_t *location) 
     cdef Probe p
     cdef Trouble t
     cdef int status = MISSING
+    p.location = 0
     current(log)
     if key.size <= KEY_MAX:
         h = siphash13(log.seed, key.data, key.size)
@@ -223,7 +225,7 @@ cdef class WriteHandle(ReadHandle):
     def _pop(self, key) -> list:
         """[value] of a key that is deleted at once, or [].  One that cannot be decoded raises, and stays."""
         cdef Bytes k
-        cdef PyObject *raw
+        cdef PyObject *raw = NULL
         cdef uint64_t location, version
         cdef Log log = opened(self)
         check_writable(log)

@@ -374,16 +374,16 @@ cdef class Log:
         self.version, self.keys, self.live_bytes, self.log_bytes = s.version, s.keys, s.live_bytes, s.log_bytes
 
     cdef int current_state(self, index_state *s) except -1:
+        cdef bint free
         self.check_open()
         read_begin()
-        cdef Index *index = <Index *> atomic_load_pointer(<void **> &self.index)
-        if not atomic_load(&self.attention) and index != NULL:
-            read_state(index, s)
-            index = NULL
+        free = not atomic_load(&self.attention)
+        if free:
+            read_state(current_index(self), s)
         read_end()
-        if index != NULL:               # it is being built by this thread, or was closed by another
+        if not free:                    # closed by another thread, or being built by this one
             self.check_open()
-            read_state(index, s)
+            read_state(self.index, s)
         return 0
 
     def restore_state(self) -> tuple:
