@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import logkv
@@ -68,6 +68,7 @@ def test_equality(abc: logkv.Store[bytes], tmp_path: Path) -> None:
         hash(abc)
 
 
+@settings(deadline=None)
 @given(one=SETS)
 def test_set_operations_of_views(tmp_path_factory: pytest.TempPathFactory, one: set[Any]) -> None:
     """As those of a dict's views with the same keys, where a str stands for its bytes."""

@@ -313,3 +313,21 @@ def test_many_problems_are_counted_and_not_all_listed(path: str) -> None:
     file.write_bytes(data)
     report = logkv.verify(path)
     assert len(report.problems) == 1001 and report.problems[-1].message == "1,000 more problems are not listed"
+
+
+def test_a_writer_that_died_before_its_last_record_was_in_the_index(path: str, in_child: Callable[[Callable[[], None]], int]) -> None:
+    def die() -> None:
+        db = logkv.open(path)
+        for number in range(100):
+            db[f"{number}"] = b"x"
+        index = Path(path, "index")
+        before = index.read_bytes()
+        db["7"] = b"last"
+        change(index, 0, before)
+        os._exit(0)
+
+    assert in_child(die) == 0
+    report = logkv.verify(path)
+    assert report.ok and "died" in report.notes[0]
+    with logkv.open(path) as db:
+        assert db["7"] == b"last" and db.verify().ok and not db.verify().notes
