@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 SOURCES := $(wildcard ext/*) setup.py pyproject.toml
 SECONDS ?= 60
 
-.PHONY: demo test bench bench-compare proof market docs freethreaded annotate dist clean
+.PHONY: demo test bench bench-growth bench-compare proof market docs freethreaded annotate dist clean
 
 demo: $(VENV)/installed			## live prices from a writer and two readers, a kill, a recovery, a report
 	$(RUN) -m logkv demo
@@ -18,6 +18,10 @@ test: $(VENV)/tools			## types, stubs, tests
 
 bench: $(VENV)/bench			## beside the dict and the pure-Python baseline: page and charts; ARGS="--keys 100000"
 	$(RUN) -m benchmarks --json build/benchmarks.json --markdown docs/benchmarks/README.md --chart docs/benchmarks $(ARGS)
+
+bench-growth: $(VENV)/bench		## 20,000,000 keys: every put timed, opening, rebuilding, readers; ARGS="--keys 1000000"
+	$(RUN) -m benchmarks.growth --json build/growth.json --markdown build/growth.md --chart build $(ARGS)
+	$(RUN) -m benchmarks.sharing --json build/sharing.json --markdown build/sharing.md $(ARGS)
 
 bench-compare: $(VENV)/bench		## pytest-benchmark against the last saved run; ARGS="--shapes 8+20"
 	$(RUN) -m pytest benchmarks --benchmark-enable --benchmark-only --benchmark-autosave --benchmark-compare $(ARGS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import matplotlib
@@ -12,6 +12,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from benchmarks.growth import SHOWN, Growth
 from benchmarks.report import TARGETS_OF, shape_in_words
 from benchmarks.results import Measured, Run
 
@@ -162,7 +163,67 @@ def draw(run: Run, directory: Path) -> bool:
         return False
     with matplotlib.rc_context(STYLE):
         for plot in (overview, shapes):
-            figure = plot(run)
-            figure.savefig(directory / f"{plot.__name__}.svg", metadata={"Date": None})
-            figure.savefig(directory / f"{plot.__name__}.png", dpi=192)
+            save(plot(run), directory / plot.__name__)
     return True
+
+
+def save(figure: Figure, file: Path) -> None:
+    """As SVG and PNG."""
+    figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
+    figure.savefig(file.with_suffix(".png"), dpi=192)
+
+
+# ---- a store that grows
+
+
+def latencies(axes: Axes, growth: Growth, name: str, colour: str) -> None:
+    """Median, 99.9% and the longest of each window's puts."""
+    millions = [keys / 1e6 for keys in growth.fill.filled]
+    labels = ("median", f"{SHOWN[1]:g}%", "longest")
+    for label, style, times in zip(labels, ("-", "--", ""), zip(*growth.fill.windows[name], strict=True), strict=True):
+        axes.plot(millions, [time / 1e6 for time in times], color=colour, linestyle=style, label=label, linewidth=1.2,
+                  marker="" if style else ".", markersize=3)
+    axes.set_title(name)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda time, _: short(time)))
+    axes.yaxis.set_major_locator(LogLocator(numticks=20))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.grid(axis="y", color=DICT, linewidth=0.5)
+
+
+def short(milliseconds: float) -> str:
+    """Any time, with its unit."""
+    if milliseconds < 1e-3:
+        return f"{milliseconds * 1e6:.3g} ns"
+    return f"{milliseconds * 1e3:.3g} µs" if milliseconds < 1 else duration(milliseconds)
+
+
+def index_bytes(axes: Axes, growth: Growth) -> None:
+    """The index's bytes a key over the fill."""
+    millions, found = [keys / 1e6 for keys in growth.fill.filled], growth.fill.index
+    axes.plot(millions, found, color=LOGKV)
+    axes.axhline(mean(found), color=LOGKV, linestyle=":", linewidth=1)
+    axes.set_title(f"Bytes of the index a key, on average {mean(found):.1f}")
+    axes.set_ylim(0, 2 * mean(found))
+    axes.grid(axis="y", color=DICT, linewidth=0.5)
+    axes.set_xlabel("million keys in the store")
+
+
+def growing(growth: Growth) -> Figure:
+    """Time of a put beside a dict and a bare loop, above the index's size."""
+    figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.3, 1]).flat
+    above.suptitle("Time of each put, clock included", x=0.01, ha="left", weight="bold")
+    columns = above.subplots(1, 3, sharey=True)
+    for axes, name, colour in zip(columns, growth.fill.windows, (LOGKV, QUIET, BASELINE), strict=True):
+        latencies(axes, growth, name, colour)
+    columns[0].legend(frameon=False, loc="upper left", ncols=3, columnspacing=0.6, handlelength=1.2, borderaxespad=0)
+    columns[0].margins(y=0.2)
+    index_bytes(below.subplots(), growth)
+    return figure
+
+
+def draw_growth(growth: Growth, directory: Path) -> None:
+    """Write `growth`, as SVG and PNG."""
+    with matplotlib.rc_context(STYLE):
+        save(growing(growth), directory / "growth")

@@ -66,7 +66,7 @@ cdef class Log:
         readonly str poisoned       # why every write is refused since a sync failed, or None
         bint refusing               # writes: poisoned, paused, closing, closed, or only reading
         bint closing
-        bint building               # the index is being filled: reads wait for the owner
+        readonly bint building      # the index is being filled: reads wait for the owner
         uint64_t attention          # closed or building: reads look closer
         readonly bint eager         # every write waits for owner._sync_to(version)
         uint64_t indexes            # how many there have been

@@ -37,6 +37,7 @@ class Engine:
         self.users = 0
         self._lock = threading.RLock()  # the index while it is being built, and letting go; a writer adds to this
         self._failure: BaseException | None = None      # why there is no index at all
+        self._orphaned = False          # nobody builds the index any more
         self.log: _core.Log
         self.recovered: dict[str, Any] = {}
         self._control_fd = -1
@@ -168,12 +169,23 @@ class Engine:
     def _await_turn(self) -> None:
         """Returns when nobody builds the index or changes what is appended to."""
         with self._lock:
+            if self._orphaned:          # by a thread that a fork has left behind
+                self._orphaned = False
+                self._take_index()
+                self.log.build(False)
             if self._failure is not None:
                 raise Error(f"the store has no index: {self._failure}") from self._failure
 
     def _overtaken(self) -> bool:
         """Whether a writer has changed the list of segments since we read it."""
         return not self.writable and self._read_manifest()[0].generation != self.manifest.generation
+
+    def after_fork(self) -> None:
+        """In the child, where only the thread lives that forked."""
+        self._lock = threading.RLock()
+        if hasattr(self, "log"):
+            self._orphaned = self.log.building
+            self.log.become_reader()
 
     def release(self) -> None:
         """Lets everything go, whatever state it is in."""
@@ -296,6 +308,12 @@ class Engine:
 
     def stats(self) -> dict[str, Any]:
         """What is known of the store now."""
+        with self._lock:                # nobody closes or empties it meanwhile
+            if self.log.closed:
+                raise ClosedError("the store is closed")
+            return self._facts()
+
+    def _facts(self) -> dict[str, Any]:
         if not self.writable:
             self.manifest, _ = self._read_manifest()
         state = self.log.state

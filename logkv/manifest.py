@@ -155,10 +155,11 @@ class Manifest:
                   self.cut_bytes, *(version for kept, first in self.cuts for version in (kept, first))]
         chunk = 0
         for s in self.segments:
-            counts += [s.number, s.chunk, s.capacity, s.records, s.first_version, s.last_version, s.end or 0]
+            numbers = [s.number, s.chunk, s.capacity, s.records, s.first_version, s.last_version, s.end or 0]
+            _expect(all(type(n) is int for n in numbers), f"segment {s.number} has something in place of a number")
+            counts += numbers
             _expect(type(s.salt) is int and 0 <= s.salt < 1 << 32, f"segment {s.number} has salt {s.salt!r}")
             _expect(type(s.sealed) is bool and (s.end is not None or not s.sealed), f"segment {s.number} is sealed without end")
-            _expect(all(type(n) is int for n in counts), f"segment {s.number} has something in place of a number")
             _expect(chunk <= s.chunk and s.capacity >= SEGMENT_HEADER and s.chunk + s.chunks <= CHUNKS,
                     f"segment {s.number} has {s.chunks} chunks from {s.chunk} on")
             _expect(s.end is None or SEGMENT_HEADER <= s.end <= s.chunks * CHUNK, f"segment {s.number} ends at {s.end}")

@@ -170,6 +170,8 @@ def _after_fork_in_child() -> None:
             del _engines[key]
     for writer in writers():
         writer.after_fork()
+    for engine in _engines.values():
+        engine.after_fork()
 
 
 def _close_all() -> None:
@@ -209,7 +211,7 @@ class _Handle(_core.ReadHandle[V]):
 
     def _own_state(self) -> dict[str, Any]:
         """What a subclass keeps in a handle."""
-        return {name: value for name, value in vars(self).items() if not hasattr(_Handle, name)}
+        return {name: value for name, value in dict(vars(self)).items() if not hasattr(_Handle, name)}
 
     @property
     def path(self) -> str:

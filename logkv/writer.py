@@ -382,15 +382,14 @@ class Writing(Opening):
         """The child reads on, as any reader; the lock stays the parent's alone (`files.forget_locks` was called)."""
         self._lock_fd = -1
         self._close_fds()
-        self._lock = threading.RLock()
         self.writable = False
+        super().after_fork()
         if hasattr(self, "log"):
-            self.log.become_reader()
             self.log.heed((self.log.signs[0], self._epoch, 0))
         self.__class__ = Engine         # type: ignore[assignment]
 
-    def stats(self) -> dict[str, Any]:
-        facts = super().stats()
+    def _facts(self) -> dict[str, Any]:
+        facts = super()._facts()
         facts["active"] = self._active.number
         facts["problem"] = None if self.problem is None else str(self.problem)
         facts["poisoned"] = self.log.poisoned

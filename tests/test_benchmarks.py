@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import subprocess
 import sys
+from collections import Counter
+from decimal import Decimal
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 
+import logkv
+from benchmarks import growth, sharing
 from benchmarks.results import Measured, Run
 from benchmarks.workloads import ENGINES, OPENINGS, SHAPES, WORKLOADS, Bench, Shape, engine_named
 
@@ -123,3 +128,120 @@ def test_imports_are_compared_with_put_loops(tmp_path: Path) -> None:
     for form in ("one column as the value", "all columns as JSON"):
         assert re.search(rf"^\| {form} +(\| +[\d,.]+ ){{5}}\| +≥ 0.25 \|", ended.stdout, re.M)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with what a small run of benchmarks.growth wrote: run.json, page.md, and in stores/ what it left."""
+    found = tmp_path_factory.mktemp("growth")
+    (found / "stores").mkdir()
+    ended = run("--keys", "3000", "--rounds", "2", "--dir", found / "stores", "--json", found / "run.json",
+                "--markdown", found / "page.md", module="benchmarks.growth")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == (found / "page.md").read_text()
+    return found
+
+
+def test_growth_is_measured_over_the_whole_fill(grown: Path) -> None:
+    found = growth.Growth.load(grown / "run.json")
+    assert found.fill.filled == list(range(15, 3001, 15))
+    assert len(found.fill.index) == growth.WINDOWS and min(found.fill.index) > 8 and 0 < found.fill.most_moved <= 3000
+    for name in ("LogKV", "bare loop", "dict"):
+        times = found.fill.percentiles[name]
+        assert len(times) == len(growth.PERCENTILES) and times == sorted(times) and times[0] > 0
+        assert times[-1] == max(window[-1] for window in found.fill.windows[name])
+    assert [len(times) for times in found.openings] == [growth.OPENINGS] * 2
+    assert all(len(times) == 2 and min(times) > 0 for times in found.rebuilds.values())
+    assert list((grown / "stores").iterdir()) == []
+
+
+def test_growth_has_a_row_of_every_target(grown: Path) -> None:
+    rows = re.findall(r"^\| (.*?) +\| +[\d,.]+ \| +[≤≥] [\d,.]+ \|", (grown / "page.md").read_text(), re.M)
+    assert rows == [target.what for target in growth.targets(growth.Growth.load(grown / "run.json"))]
+    assert len(rows) == 8
+
+
+@charts_drawn
+def test_growth_is_drawn_from_what_was_saved(grown: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    ended = run("--from", grown / "run.json", "--chart", tmp_path / "drawn", "--markdown", page,
+                module="benchmarks.growth")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (tmp_path / "drawn" / "growth.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert ElementTree.parse(tmp_path / "drawn" / "growth.svg").getroot().tag.endswith("}svg")
+    assert "](drawn/growth.svg)" in page.read_text()
+
+
+@pytest.mark.parametrize("count", [1, 99, 100_000])
+def test_percentiles_are_those_of_the_sorted_times(count: int) -> None:
+    times = sorted(at * at % 9973 for at in range(count))
+    ranks = [math.ceil(count * Decimal(str(percent)) / 100) for percent in growth.PERCENTILES]
+    assert growth.percentiles(Counter(times), growth.PERCENTILES) == [times[rank - 1] for rank in ranks]
+
+
+def test_made_pairs_are_the_same_for_a_seed() -> None:
+    made = [pair for pairs in growth.made_pairs(5001, seed=1) for pair in pairs]
+    assert made == [pair for pairs in growth.made_pairs(5001, seed=1) for pair in pairs]
+    assert len(dict(made)) == 5001 and {len(key) for key, _ in made} == set(range(8, 17))
+    assert made != [pair for pairs in growth.made_pairs(5001, seed=2) for pair in pairs]
+    assert sorted(sharing.sample(5001, 1, 5001)) == sorted(dict(made))
+    assert set(sharing.sample(5001, 1, 70)) <= set(dict(made))
+
+
+def test_an_index_is_rebuilt_from_footers_or_by_a_scan(tmp_path: Path) -> None:
+    """Each way is the one that it is called, or the benchmark raises; damaged footers are whole again afterwards."""
+    path = tmp_path / "store"
+    with logkv.open(path, segment_size=64 << 10) as db:
+        for pairs in growth.made_pairs(5000, seed=1):
+            db.update(pairs)
+    full = growth.seal(path)
+    with logkv.Reader(path) as db:
+        sealed = [f"{segment['number']:010d}.seg" for segment in db.stats()["segments"] if segment["sealed"]]
+    before = {file.name: file.read_bytes() for file in path.glob("*.seg")}
+    with growth.footers_damaged(path) as unreadable:
+        assert unreadable == full == len(sealed) > 1
+        (path / "index").unlink()
+        assert growth.rebuild(path, 5000, unreadable) > 0
+    (path / "index").unlink()
+    assert growth.rebuild(path, 5000, 0) > 0
+    (path / "index").unlink()
+    with pytest.raises(RuntimeError, match="unreadable footers expected"):
+        growth.rebuild(path, 5000, unreadable)
+    with pytest.raises(RuntimeError, match="unreadable footers expected"):
+        growth.rebuild(path, 5000, 0)           # it was rebuilt already
+    assert all((path / name).read_bytes() == before[name] for name in sealed)
+
+
+def test_sharing_measures_readers_and_both_kinds(tmp_path: Path) -> None:
+    (tmp_path / "stores").mkdir()
+    ended = run("--keys", "3000", "--rounds", "2", "--seconds", "0.05", "--dir", tmp_path / "stores", "--json",
+                tmp_path / "run.json", "--markdown", tmp_path / "page.md", module="benchmarks.sharing")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == (tmp_path / "page.md").read_text()
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert {kind: len(processes) for kind, processes in found["memory"].items()} == {"idle": 3, "readers": 8}
+    assert all(private["dirty"] > 0 for processes in found["memory"].values() for private in processes)
+    assert {kind: len(rates) for kind, rates in found["rates"].items()} == {"LogKV": 2, "dict": 2}
+    assert all(min(rate) > 0 for rates in found["rates"].values() for rate in rates)
+    assert list((tmp_path / "stores").iterdir()) == []
+
+
+def test_private_memory_is_what_a_process_does_not_share(tmp_path: Path) -> None:
+    """A reader that has no index to trust builds its own, and that is seen."""
+    path = tmp_path / "store"
+    sharing.fill(path, 100_000, seed=1)
+    keys = sharing.sample(100_000, 1, 100)
+    shared = sharing.memory(path, keys, seed=1).beyond
+    size = (path / "index").stat().st_size
+    (path / "index").unlink()
+    own = sharing.memory(path, keys, seed=1).beyond
+    assert max(shared) < size / 2 < size < min(own) + (1 << 20)
+
+
+@pytest.mark.parametrize("together, said", [(1.9, 1), (1.0, 0)])
+def test_nothing_is_said_of_scaling_where_dicts_do_not_scale(together: float, said: int) -> None:
+    private = sharing.Private(1 << 20, 0)
+    rates = {"LogKV": [(1.0, 0.97 * together)] * 3, "dict": [(1.0, together)] * 3}
+    found = sharing.Sharing("", "", (0, 0), 1, 0, False, sharing.Memory([private], [private]), rates)
+    assert [target.found for target in sharing.targets(found)][1:] == [pytest.approx(0.97)] * said
+    assert ("too busy" in sharing.page(found)) == (not said)

@@ -1,24 +1,31 @@
-"""One writer process and four readers on one store, for a while, as fast as they can.
+"""One writer process and four readers on one store, for a while, as fast as they can; all are killed at random moments.
 
 Which keys there are follows from a number: `kept` keys are put one after the other and never deleted, `hot` ones are
 overwritten again and again, `brief` ones come and go.  After each write the writer publishes, in memory that all share,
-how many kept keys there are and the counter of the hot key; what a reader gets afterwards may not be older.
+how many kept keys there are and the counter of the hot key; what a reader gets afterwards may not be older, and what the
+next writer finds may not either.
 
-    python -m tests.proof.stress --seconds 30 [--seed N] [--dir DIR]
+    python -m tests.proof.stress --seconds 30 [--threads N] [--seed N] [--dir DIR]
+
+With `--threads` the readers are threads that share one Reader, and nobody is killed: what a sanitizer can watch.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import signal
 import sys
 import tempfile
+import threading
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import logkv
-from tests.proof.common import NOISE, Child, SharedNumbers, Violation, arguments, explained, verdict
+from tests.proof.common import NOISE, Child, SharedNumbers, Violation, arguments, ended, explained, verdict
 
 READERS = 4
 SEGMENTS = (64 << 10, 256 << 10, 1 << 20, 4 << 20)      # sizes that the writer takes in turn
@@ -26,6 +33,7 @@ STRETCH = 1.0               # seconds with each
 HOT, BRIEF = 64, 1000
 KEPT_MOST = 600_000         # then they are overwritten from the first one on
 READS_A_ROUND = 500
+PAUSE = 0.05, 0.8           # seconds, between which a victim is chosen: one time in three it is the writer
 
 
 def key_of(kind: str, number: int) -> bytes:
@@ -47,9 +55,12 @@ def counter_in(key: bytes, value: bytes) -> int:
 
 
 class Board(SharedNumbers):
-    """What the writer says to the readers: kept keys, then each hot key's last write."""
+    """What the writers say to the readers and to the next writer, and what is counted over all who were killed."""
 
-    STOP, KEPT, FIRST_HOT = 0, 1, 2
+    STOP, BEGUN, KEPT_WRITES, INDEX_FIRST = 0, 1, 2, 3      # writes begun; of them, of kept keys; bytes
+    KEPT = 4                                                # how many there are
+    FIRST_READS, FIRST_PASSES = 8, 8 + READERS              # of each reader
+    FIRST_HOT = 64                                          # each hot key's last write
 
 
 @dataclass
@@ -62,21 +73,31 @@ class Figures:
     index_first: int = 0        # bytes
     index_last: int = 0
     shards: int = 0
+    writers_killed: int = 0
+    readers_killed: int = 0
     violations: list[str] = field(default_factory=list)
 
 
-def write(path: str, board: Board, seconds: float, seed: int) -> Figures:
-    """The writer, in stretches with segments of different sizes."""
-    rng, figures = random.Random(seed), Figures()
-    until = time.monotonic() + seconds
-    counter = kept = stretch = 0
+def write(path: str, board: Board, until: float, seed: int) -> list[str]:
+    """A writer, in stretches with segments of different sizes, until that time (or a kill); returns what was wrong."""
+    rng = random.Random(seed)
+    counter, kept = board[Board.BEGUN], board[Board.KEPT_WRITES]
+    stretch, first = rng.randrange(len(SEGMENTS)), True
     while time.monotonic() < until:
         with logkv.open(path, "c", segment_size=SEGMENTS[stretch % len(SEGMENTS)]) as store:
-            figures.index_first = figures.index_first or store.stats()["index_bytes"]
+            board[Board.INDEX_FIRST] = board[Board.INDEX_FIRST] or store.stats()["index_bytes"]
+            if first:
+                first = False
+                try:
+                    with explained(store):
+                        Reading(path, board, 0, seed).take_over(store)
+                except Violation as problem:
+                    return [str(problem)]
             end = min(until, time.monotonic() + STRETCH)
             while time.monotonic() < end:
                 for _ in range(200):
                     counter += 1
+                    board[Board.BEGUN] = counter
                     dice = rng.random()
                     at = rng.randrange(len(NOISE) - 6000)
                     filler = NOISE[at:at + (6000 if dice * 1000 % 1 < 0.001 else int(dice * 997) % 120)]
@@ -84,6 +105,7 @@ def write(path: str, board: Board, seconds: float, seed: int) -> Figures:
                         key = key_of("kept", kept % KEPT_MOST)
                         store[key] = seal(key, counter, filler)
                         kept += 1
+                        board[Board.KEPT_WRITES] = kept
                         board[Board.KEPT] = min(kept, KEPT_MOST)
                     elif dice < 0.85:
                         hot = rng.randrange(HOT)
@@ -96,39 +118,50 @@ def write(path: str, board: Board, seconds: float, seed: int) -> Figures:
                             store[key] = seal(key, counter, filler)
                         else:
                             store.delete(key)
-            facts = store.stats()
-            figures.index_last, figures.shards = facts["index_bytes"], facts["index"]["shards"]
-            figures.rotations, figures.keys = facts["active"] - 1, facts["keys"]
         stretch += 1
-    figures.writes = counter
-    return figures
+    return []
 
 
 class Reading:
     """One reader's checks and what it saw last of each key."""
 
-    def __init__(self, path: str, board: Board, seed: int) -> None:
-        self.path, self.board, self.rng = path, board, random.Random(seed)
+    def __init__(self, path: str, board: Board, number: int, seed: int) -> None:
+        self.path, self.board, self.number, self.rng = path, board, number, random.Random(seed)
         self.newest: dict[bytes, int] = {}
-        self.figures = Figures()
 
-    def run(self) -> Figures:
+    def run(self) -> list[str]:
+        """Reads until it is told to stop, and checks that all is there in the end; returns what was wrong."""
+        try:
+            self._read()
+        except (Violation, logkv.Error) as problem:
+            return [str(problem)]
+        return []
+
+    def take_over(self, store: logkv.Store) -> None:
+        """What a writer finds when it opens: everything that was acknowledged before."""
+        for hot in range(HOT):
+            self._get(store, key_of("hot", hot), self.board[Board.FIRST_HOT + hot])
+        kept = self.board[Board.KEPT]
+        for number in {*range(max(0, kept - 200), kept), *(self.rng.randrange(kept) for _ in range(500 if kept else 0))}:
+            self._get(store, key_of("kept", number), 1)
+
+    def _read(self) -> None:
         reader = self._open()
         try:
             while not self.board[Board.STOP]:
                 with explained(reader):
                     self._round(reader)
                 if self.rng.random() < 0.01:
-                    reader.close()
+                    self._close(reader)
                     reader = self._open()
             with explained(reader):
                 self._all(reader)
                 self._end(reader)
-        except (Violation, logkv.Error) as problem:
-            self.figures.violations.append(str(problem))
         finally:
-            reader.close()
-        return self.figures
+            self._close(reader)
+
+    def _close(self, reader: logkv.Reader) -> None:
+        reader.close()
 
     def _open(self) -> logkv.Reader:
         while True:
@@ -143,7 +176,7 @@ class Reading:
     def _round(self, reader: logkv.Reader) -> None:
         for _ in range(READS_A_ROUND):
             self._one(reader)
-        self.figures.reads += READS_A_ROUND
+        self.board[Board.FIRST_READS + self.number] += READS_A_ROUND
         if self.rng.random() < 0.002:
             self._all(reader)
 
@@ -159,7 +192,7 @@ class Reading:
         else:
             self._get(reader, key_of("brief", self.rng.randrange(2 * BRIEF)), 0)
 
-    def _get(self, reader: logkv.Reader, key: bytes, least: int) -> None:
+    def _get(self, reader: logkv.Reader | logkv.Store, key: bytes, least: int) -> None:
         """A get, of a key that must be there with a write of that number or a later one; 0: it need not be there."""
         value = reader.get(key)
         if value is not None:
@@ -189,7 +222,7 @@ class Reading:
         missing = kept - sum(seen[:kept])
         if missing:
             raise Violation(f"{missing} of {kept} keys were not seen in an iteration, the first: {seen.find(0)}")
-        self.figures.passes += 1
+        self.board[Board.FIRST_PASSES + self.number] += 1
 
     def _end(self, reader: logkv.Reader) -> None:
         """The writer has closed: the last acknowledged writes are what is there."""
@@ -201,43 +234,133 @@ class Reading:
             self._get(reader, key_of("kept", number), 1)
 
 
+class Sharing(Reading):
+    """A reader that shares its handle with other threads."""
+
+    def __init__(self, shared: logkv.Reader, board: Board, number: int, seed: int) -> None:
+        super().__init__(shared.path, board, number, seed)
+        self.shared = shared
+
+    def _open(self) -> logkv.Reader:
+        return self.shared
+
+    def _close(self, reader: logkv.Reader) -> None:
+        pass
+
+
+class Mortal(Child):
+    """A child that returns what was wrong, as far as it comes."""
+
+    def end(self, kill: bool) -> list[str]:
+        """Waits for it, or kills it; what was wrong."""
+        if kill:
+            os.kill(self._pid, signal.SIGKILL)
+        with open(self._heard) as pipe:
+            text = pipe.read()
+        status = ended(self._pid)
+        wrong = json.loads(text) if status == 0 or kill and text else []
+        if status not in ((0, -signal.SIGKILL) if kill else (0,)):
+            wrong.append(f"it ended with status {status}")
+        return [f"{self.name}: {problem}" for problem in wrong]
+
+
+class Processes:
+    """Who runs now, and who is killed when."""
+
+    def __init__(self, path: str, seconds: float, seed: int) -> None:
+        self.path, self.rng = path, random.Random(seed)
+        self.until = time.monotonic() + seconds
+        self.board, self.figures = Board(), Figures()
+
+    def run(self) -> Figures:
+        figures, writer = self.figures, self._writer()
+        readers = [self._reader(number) for number in range(READERS)]
+        while (left := self.until - time.monotonic()) > 0 and not figures.violations:
+            time.sleep(min(left, self.rng.uniform(*PAUSE)))
+            if self.rng.random() < 1 / 3:
+                figures.violations += writer.end(kill=True)
+                figures.writers_killed += 1
+                writer = self._writer()
+            else:
+                number = self.rng.randrange(READERS)
+                figures.violations += readers[number].end(kill=True)
+                figures.readers_killed += 1
+                readers[number] = self._reader(number)
+        figures.violations += writer.end(kill=bool(figures.violations))
+        self.board[Board.STOP] = 1
+        for reader in readers:
+            figures.violations += reader.end(kill=bool(figures.violations))
+        count(figures, self.path, self.board)
+        return figures
+
+    def _writer(self) -> Mortal:
+        seed = self.rng.randrange(1 << 32)
+        return Mortal("the writer", lambda: write(self.path, self.board, self.until, seed))
+
+    def _reader(self, number: int) -> Mortal:
+        seed = self.rng.randrange(1 << 32)
+        return Mortal(f"reader {number}", lambda: Reading(self.path, self.board, number, seed).run())
+
+
+def count(figures: Figures, path: str, board: Board) -> None:
+    """Adds what the board and the store say of all that was done."""
+    figures.writes, figures.index_first = board[Board.BEGUN], board[Board.INDEX_FIRST]
+    figures.reads = sum(board[Board.FIRST_READS + number] for number in range(READERS))
+    figures.passes = sum(board[Board.FIRST_PASSES + number] for number in range(READERS))
+    with logkv.open(path, "r") as store:
+        facts = store.stats()
+        figures.keys, figures.rotations = facts["keys"], facts["segments"][-1]["number"] - 1
+        figures.index_last, figures.shards = facts["index_bytes"], facts["index"]["shards"]
+        figures.violations += map(str, store.verify().problems)
+
+
 def run(path: str, seconds: float, seed: int = 1) -> Figures:
     """All processes together; the figures of all, violations too."""
-    board = Board()
+    return Processes(path, seconds, seed).run()
 
-    def write_all() -> dict[str, object]:
-        try:
-            return vars(write(path, board, seconds, seed))
-        finally:
-            board[Board.STOP] = 1
 
-    children = [Child("the writer", write_all)]
-    children += [Child(f"reader {number}", lambda: vars(Reading(path, board, seed + number).run()))
-                 for number in range(1, READERS + 1)]
-    total = Figures()
-    for child in children:
-        try:
-            figures = Figures(**child.result())
-        except Violation as problem:
-            total.violations.append(str(problem))
-            continue
-        total.violations += [f"{child.name}: {violation}" for violation in figures.violations]
-        for counted in ("writes", "reads", "passes", "keys", "rotations", "index_first", "index_last", "shards"):
-            setattr(total, counted, getattr(total, counted) + getattr(figures, counted))
-    return total
+def run_threads(path: str, seconds: float, threads: int, seed: int = 1) -> Figures:
+    """One process: a thread that writes, and so many that share a Reader."""
+    board, figures = Board(), Figures()
+    logkv.open(path, segment_size=SEGMENTS[0]).close()
+
+    def noting(name: str, work: Callable[[], list[str]]) -> Callable[[], None]:
+        def noted() -> None:
+            try:
+                figures.violations += [f"{name}: {violation}" for violation in work()]
+            except BaseException as problem:
+                figures.violations.append(f"{name}: {type(problem).__name__}: {problem}")
+        return noted
+
+    with logkv.Reader(path) as shared:
+        readers = [threading.Thread(target=noting(f"thread {number}", Sharing(shared, board, number, seed + number).run))
+                   for number in range(threads)]
+        writer = threading.Thread(target=noting("the writer", lambda: write(path, board, time.monotonic() + seconds, seed)))
+        for thread in [writer, *readers]:
+            thread.start()
+        writer.join()
+        board[Board.STOP] = 1
+        for thread in readers:
+            thread.join()
+    count(figures, path, board)
+    return figures
 
 
 def main() -> int:
     parser = arguments("one writer, four readers")
     parser.add_argument("--seconds", type=float, default=30)
+    parser.add_argument("--threads", type=int, choices=range(1, READERS + 1), help="of one process, that share one Reader")
     wanted = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=wanted.dir) as directory:
-        figures = run(os.path.join(directory, "stress.db"), wanted.seconds, wanted.seed)
-    print("| seconds | writes | reads | whole passes | keys | rotations | index grew | shards | violations |")
-    print("|---:|---:|---:|---:|---:|---:|---|---:|---:|")
+        path = os.path.join(directory, "stress.db")
+        figures = run_threads(path, wanted.seconds, wanted.threads, wanted.seed) if wanted.threads else \
+            run(path, wanted.seconds, wanted.seed)
+    print("| seconds | writes | reads | whole passes | keys | rotations | index grew | shards "
+          "| writers killed | readers killed | violations |")
+    print("|---:|---:|---:|---:|---:|---:|---|---:|---:|---:|---:|")
     print(f"| {wanted.seconds:g} | {figures.writes:,} | {figures.reads:,} | {figures.passes:,} | {figures.keys:,} "
           f"| {figures.rotations:,} | {figures.index_first >> 10:,} to {figures.index_last >> 10:,} KiB "
-          f"| {figures.shards} | {len(figures.violations)} |")
+          f"| {figures.shards} | {figures.writers_killed} | {figures.readers_killed} | {len(figures.violations)} |")
     return verdict(figures.violations)
 
 
