@@ -33,7 +33,8 @@ from logkv.errors import ClosedError, CorruptionError, Error, FormatError, ReadO
 
 include "record.pxi"    # keys, values, encoding; status codes become exceptions
 include "log.pxi"       # Log: what one process has mapped of a store, and its state
-include "index.pxi"     # find, insert, remove, grow
+include "index.pxi"     # find, insert, remove; an index as a whole
+include "grow.pxi"      # a full shard gets more room
 include "segment.pxi"   # append: put, delete, marks
 include "scan.pxi"      # recovery: replay records and footers
 include "order.pxi"     # entries in key order: footers

@@ -52,30 +52,8 @@ cdef inline int look(Log log, Bytes key, uint64_t h, Probe *p, Trouble *t) noexc
     return probe(log, key.data, key.size, h, 0, p, False, t)
 
 
-cdef inline int find(Log log, Bytes key, uint64_t *location) except -1:
-    """FOUND or MISSING, by one probe of the index and one look at the record."""
-    cdef uint64_t h
-    cdef Probe p
-    cdef Trouble t
-    cdef int status = MISSING
-    p.location = 0
-    current(log)
-    if key.size <= KEY_MAX:
-        h = siphash13(log.seed, key.data, key.size)
-        while True:
-            read_begin()
-            status = look(log, key, h, &p, &t)
-            read_end()
-            if status >= 0:
-                break
-            settle(log, status, &t)
-            current(log)
-    location[0] = p.location
-    return status
-
-
 cdef inline int fetch(Log log, Bytes key, PyObject **value, uint64_t *location) except -1:
-    """FOUND, and the value as a new reference to bytes, or MISSING."""
+    """As `find`; where it is FOUND, also its value as a new reference to bytes, unless `value` is NULL."""
     cdef uint64_t h
     cdef Probe p
     cdef Trouble t
@@ -87,7 +65,7 @@ cdef inline int fetch(Log log, Bytes key, PyObject **value, uint64_t *location) 
         while True:
             read_begin()
             status = look(log, key, h, &p, &t)
-            if status == FOUND:
+            if status == FOUND and value != NULL:
                 status = copy_value(log, &p.record, value, &t)
             read_end()
             if status >= 0:
@@ -98,6 +76,11 @@ cdef inline int fetch(Log log, Bytes key, PyObject **value, uint64_t *location) 
     return status
 
 
+cdef inline int find(Log log, Bytes key, uint64_t *location) except -1:
+    """FOUND or MISSING, by one probe of the index and one look at the record."""
+    return fetch(log, key, NULL, location)
+
+
 cdef inline int copy_value(Log log, record_view *r, PyObject **value, Trouble *t) noexcept:
     """The value of a record that was read, as new bytes; a long one's checksum is compared here."""
     cdef int status = check_value(log, r, t)
@@ -106,6 +89,12 @@ cdef inline int copy_value(Log log, record_view *r, PyObject **value, Trouble *t
         if value[0] == NULL:
             return NO_MEMORY
     return status
+
+
+cdef inline int copy_key(record_view *r, PyObject **key) noexcept:
+    """The key of a record that was read, as new bytes."""
+    key[0] = new_bytes(<const char *> r.key, r.key_length)
+    return FOUND if key[0] != NULL else NO_MEMORY
 
 
 cdef class ReadHandle:
@@ -340,10 +329,8 @@ cdef class StoreIterator:
         if status != FOUND:
             return status
         changed = atomic_load(&current_index(self.log).page.seq) != self.seq
-        if changed or self.what != 1:
-            key[0] = new_bytes(<const char *> r.key, r.key_length)
-            if key[0] == NULL:
-                return NO_MEMORY
+        if (changed or self.what != 1) and copy_key(r, key) != FOUND:
+            return NO_MEMORY
         if changed:
             return CHANGED
         if self.what != 0:

@@ -87,8 +87,4 @@ cdef int key_at(Log log, uint64_t location, PyObject **key, Trouble *t) noexcept
     """The key of a record, as new bytes."""
     cdef record_view r
     cdef int status = LOOK_CLOSER if atomic_load(&log.attention) else read_record(log, location, &r, t)
-    if status == FOUND:
-        key[0] = new_bytes(<const char *> r.key, r.key_length)
-        if key[0] == NULL:
-            return NO_MEMORY
-    return status
+    return copy_key(&r, key) if status == FOUND else status

@@ -5,6 +5,7 @@ In them as in the store a str stands for its bytes in UTF-8: `db.keys() & {"btc"
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Set, ValuesView
 from typing import Any, TypeVar
 
@@ -31,8 +32,8 @@ class _SetView(_View, Set[Any]):
     def _from_iterable(cls, elements: Iterable[Any]) -> Any:
         return set(elements)
 
-    def _as_stored(self, element: Any) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def _as_stored(self, element: Any) -> Any: ...
 
     def _operand(self, other: Any) -> Any:
         if isinstance(other, _View) or not isinstance(other, Iterable):

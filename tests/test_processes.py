@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.queues import SimpleQueue
@@ -21,6 +20,7 @@ import logkv
 from logkv import recovery
 from logkv.engine import Engine
 from tests.proof import forks
+from tests.proof.common import fork
 from tests.racing import LIMIT, Stop, number_in, racing, seal
 
 SEGMENT = 65_536
@@ -30,17 +30,7 @@ KEYS = 1000
 def forked(work: Callable[[], object]) -> int:
     """Runs something in the child of a fork: how that ended, as `os.waitstatus_to_exitcode` says it; a child that hangs is
     killed."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return ended(pid)
+    return ended(fork(work))
 
 
 def ended(pid: int) -> int:
@@ -91,16 +81,7 @@ def test_every_handle_of_a_child_reads_only(path: str) -> None:
                 with pytest.raises(logkv.ClosedError):
                     handle.get("before")
 
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                child()
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
+        pid = fork(child)
         db["before"] = "2"
         for number in range(3000):
             db[f"{number}"] = "x" * 100
@@ -119,20 +100,15 @@ def test_a_child_becomes_the_writer_after_its_parent(path: str) -> None:
     db = logkv.open(path)
     db["a"] = "1"
     heard, say = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            os.read(heard, 1)
-            with logkv.open(path) as mine:
-                mine["b"] = "2"
-                assert db["b"] == b"2"          # the handle that was inherited follows
-            db.close()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
+
+    def child() -> None:
+        os.read(heard, 1)
+        with logkv.open(path) as mine:
+            mine["b"] = "2"
+            assert db["b"] == b"2"          # the handle that was inherited follows
+        db.close()
+
+    pid = fork(child)
     db.close()
     os.write(say, b"!")
     assert ended(pid) == 0
