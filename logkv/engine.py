@@ -196,9 +196,9 @@ class Engine:
         log = getattr(self, "log", None)
         if log is not None:
             log.close()
-        if self._control_fd >= 0:
-            os.close(self._control_fd)
-            self._control_fd = -1
+        fd, self._control_fd = self._control_fd, -1
+        if fd >= 0:
+            os.close(fd)
         self.directory.close()
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import struct
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,9 +92,9 @@ class Directory:
         return twin
 
     def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def removed(self) -> bool:
         """Whether the directory has no name any more."""
@@ -301,8 +302,9 @@ def lock(directory: Directory, timeout: float) -> int:
 
     Raises LockedError with the pid that the holder left in the file.
     """
-    fd = directory.open(LOCK, writable=True, create=True)
-    _lock_fds.add(fd)
+    with _forking:
+        fd = directory.open(LOCK, writable=True, create=True)
+        _lock_fds.add(fd)
     try:
         if not (_try_lock(fd, 0) if timeout <= 0 else _wait_for_lock(fd, time.monotonic() + timeout)):
             raise _locked(directory, fd, timeout)
@@ -325,6 +327,8 @@ def _locked(directory: Directory, fd: int, timeout: float) -> LockedError:
 
 
 _lock_fds: set[int] = set()         # of this process, while it holds the lock or waits for it
+_forking = threading.RLock()        # no fork comes between a descriptor and its note
+os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_forking.release)
 
 
 def unlock(fd: int) -> None:

@@ -278,23 +278,22 @@ class Opening(Engine):
 
     def _close_fds(self) -> None:
         """What only a writer has open, its lock last."""
-        for fd in [*self._fds.values(), self._index_fd]:
-            if fd >= 0:
-                os.close(fd)
-        self._fds.clear()
-        self._index_fd = -1
-        if self._lock_fd >= 0:
-            files.unlock(self._lock_fd)
-            self._lock_fd = -1
+        self._keep_index(-1)
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+        fd, self._lock_fd = self._lock_fd, -1
+        if fd >= 0:
+            files.unlock(fd)
 
     def _release(self) -> None:
         super()._release()
         self._close_fds()
 
     def _keep_index(self, fd: int) -> None:
-        if self._index_fd >= 0:
-            os.close(self._index_fd)
-        self._index_fd = fd
+        """In place of the old one, which is closed; first it is forgotten, for a fork may come between."""
+        old, self._index_fd = self._index_fd, fd
+        if old >= 0:
+            os.close(old)
 
     # -- MANIFEST and trust -----------------------------------------------------------------------------
 

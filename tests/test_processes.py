@@ -179,6 +179,32 @@ def test_forks_while_threads_write(path: str, clearing: bool) -> None:
     assert report.ok, report.problems
 
 
+@pytest.mark.parametrize("end", ["clear", "close"])
+def test_a_fork_between_a_closed_file_and_the_next_step(path: str, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    """The child does not close a second time what was just closed, and becomes a reader."""
+    real, forks = os.close, []
+
+    def child() -> None:
+        monkeypatch.undo()
+        with pytest.raises((logkv.ReadOnlyError, logkv.ClosedError)):
+            db.put("x", "y")
+
+    def close(fd: int) -> None:
+        real(fd)
+        monkeypatch.setattr(os, "close", real)
+        forks.append(forked(child))
+        monkeypatch.setattr(os, "close", close)
+
+    fill(path)
+    with logkv.open(path, segment_size=SEGMENT) as db:
+        monkeypatch.setattr(os, "close", close)
+        getattr(db, end)()
+        monkeypatch.undo()
+    assert forks and not any(forks)
+    with logkv.open(path) as db:
+        db["x"] = "z"
+
+
 def test_a_fork_while_another_thread_asks_for_the_stores_growth(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lock that the other thread holds has nobody in the child who would let it go."""
     asked, go_on = threading.Event(), threading.Event()
