@@ -262,7 +262,7 @@ _Static_assert((((uint64_t)1 << 32) + KEY_MAX + 64) >> 3 < (uint64_t)1 << FOOTER
 
 /* ---- index: header page, then extents of whole pages: directories and shards ----------------------------
    A slot is 24 tag bits (the top of the hash) and a location.  A bucket is a cache line of eight.  A shard is
-   a header line, buckets, and a byte a bucket that says which of its entries belong to an earlier bucket.
+   a header line, buckets, and a byte a bucket that says which of its entries belong to another bucket.
    The directory maps the top bits of a hash to a shard; it is copied, changed, and published by one store
    of its word in the header, so a kill or a reader sees the old one or the new one. */
 #define INDEX_MAGIC "LogKVidx"
@@ -337,8 +337,8 @@ static const uint32_t SHARD_PAGES[SHARD_CLASSES] = {1, 4, 16, 64, SHARD_FULL_PAG
 /* (pages * 4096 - header) / (a bucket and its byte) */
 static const uint32_t SHARD_BUCKETS[SHARD_CLASSES] = {62, 251, 1007, 4032, 18147};
 
-static inline uint32_t shard_limit(unsigned cls) {          /* slots in use at which a shard grows: 7/8 */
-    return SHARD_BUCKETS[cls] * BUCKET_SLOTS / 8 * 7;
+static inline uint32_t shard_limit(unsigned cls) {          /* slots in use at which a shard grows: 15/16 */
+    return SHARD_BUCKETS[cls] * BUCKET_SLOTS / 16 * 15;
 }
 
 /* One look at a bucket: bit i of `match` for a slot with this tag, of `empty` and `deleted` likewise.  Each slot is

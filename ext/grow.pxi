@@ -1,5 +1,9 @@
 # Growth: a full shard gets more room, alone; nothing is changed until the one store that makes the new directory current.
 
+cdef enum:
+    LONGEST_SEARCH = 128        # buckets; at 15/16 the longest of a shard is some 50
+
+
 cdef struct Extent:
     uint64_t page, pages
 
@@ -54,12 +58,12 @@ cdef void begin_shard(uint8_t *shard, unsigned cls, unsigned depth, uint64_t pre
 
 cdef bint place(uint8_t *shard, unsigned cls, uint64_t home, uint64_t value) noexcept nogil:
     """Puts an entry into a shard that nobody else sees yet; False if that is too full."""
-    cdef uint64_t bucket = home
+    cdef uint64_t bucket = home, n
     cdef uint64_t *slots
     cdef unsigned i
-    if (<shard_header *> shard).used >= SHARD_BUCKETS[cls] * BUCKET_SLOTS // 16 * 15:
+    if (<shard_header *> shard).used >= shard_limit(cls):
         return False
-    while True:
+    for n in range(SHARD_BUCKETS[cls]):
         slots = bucket_at(shard, bucket)
         for i in range(BUCKET_SLOTS):
             if slots[i] == SLOT_EMPTY:
@@ -68,7 +72,8 @@ cdef bint place(uint8_t *shard, unsigned cls, uint64_t home, uint64_t value) noe
                     displaced_at(shard, cls, bucket)[0] |= <uint8_t> (1 << i)
                 (<shard_header *> shard).used += 1
                 return True
-        bucket = bucket + 1 if bucket + 1 < SHARD_BUCKETS[cls] else 0
+        bucket = next_bucket(bucket, n, SHARD_BUCKETS[cls])
+    return False
 
 
 cdef inline int rehash(Log log, uint64_t value, uint64_t *h, Trouble *t) noexcept nogil:
@@ -88,21 +93,36 @@ cdef inline int rehash(Log log, uint64_t value, uint64_t *h, Trouble *t) noexcep
 cdef bint place_everywhere(uint8_t *shard, unsigned cls, uint64_t bucket, unsigned slot, uint64_t value, uint8_t *target,
                            unsigned to_cls) noexcept nogil:
     """An entry whose record is damaged goes wherever its key may be looked for: a get of it raises, as before."""
-    cdef uint64_t first = bucket, last, buckets = SHARD_BUCKETS[cls], steps = 0, home
-    cdef bint displaced = (displaced_at(shard, cls, bucket)[0] >> slot) & 1
-    while displaced and steps < 64 and not has_empty(bucket_at(shard, first - 1 if first else buckets - 1)):
-        first = first - 1 if first else buckets - 1
-        steps += 1
-    while True:
-        home = (first << 32) // buckets * SHARD_BUCKETS[to_cls] >> 32
-        last = min(((first + 1) << 32) // buckets * SHARD_BUCKETS[to_cls] >> 32, SHARD_BUCKETS[to_cls] - 1)
-        while home <= last:
-            if not place(target, to_cls, home, value):
-                return False
-            home += 1
-        if first == bucket:
-            return True
-        first = first + 1 if first + 1 < buckets else 0
+    cdef uint64_t buckets = SHARD_BUCKETS[cls], n, home
+    if not (displaced_at(shard, cls, bucket)[0] >> slot) & 1:
+        return place_from(cls, bucket, value, target, to_cls)
+    for n in range(1, min(LONGEST_SEARCH, buckets)):
+        home = (bucket + n * buckets - n * (n + 1) // 2) % buckets
+        if sends_on(shard, cls, home, n) and not place_from(cls, home, value, target, to_cls):
+            return False
+    return True
+
+
+cdef bint sends_on(uint8_t *shard, unsigned cls, uint64_t home, uint64_t buckets) noexcept nogil:
+    """Whether a search that begins at `home` passes so many buckets."""
+    cdef uint64_t n
+    for n in range(buckets):
+        if has_empty(bucket_at(shard, home)):
+            return False
+        home = next_bucket(home, n, SHARD_BUCKETS[cls])
+    return True
+
+
+cdef bint place_from(unsigned cls, uint64_t home, uint64_t value, uint8_t *target, unsigned to_cls) noexcept nogil:
+    """Into every bucket that keys of the old shard's bucket `home` may have in the new one."""
+    cdef uint64_t buckets = SHARD_BUCKETS[cls], to_buckets = SHARD_BUCKETS[to_cls]
+    cdef uint64_t bucket = (home << 32) // buckets * to_buckets >> 32
+    cdef uint64_t last = min(((home + 1) << 32) // buckets * to_buckets >> 32, to_buckets - 1)
+    while bucket <= last:
+        if not place(target, to_cls, bucket, value):
+            return False
+        bucket += 1
+    return True
 
 
 cdef int grow_shard(Log log, uint64_t h, Trouble *t) noexcept nogil:

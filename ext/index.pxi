@@ -23,6 +23,13 @@ cdef inline uint64_t *bucket_at(uint8_t *shard, uint64_t bucket) noexcept nogil:
     return <uint64_t *> (shard + SHARD_HEADER_BYTES + bucket * BUCKET_BYTES)
 
 
+cdef inline uint64_t next_bucket(uint64_t bucket, uint64_t n, uint64_t buckets) noexcept nogil:
+    """Where a search goes on after its bucket `n` (from 0) was full: 1, 2, 3, ... further each time, so that full buckets
+    do not grow together."""
+    bucket += n + 1
+    return bucket if bucket < buckets else bucket - buckets
+
+
 cdef inline uint8_t *displaced_at(uint8_t *shard, unsigned cls, uint64_t bucket) noexcept nogil:
     return shard + SHARD_HEADER_BYTES + <uint64_t> SHARD_BUCKETS[cls] * BUCKET_BYTES + bucket
 
@@ -158,7 +165,7 @@ cdef inline int probe(Log log, const uint8_t *key, size_t size, uint64_t h, uint
                 p.displaced = n != 0
             if view.empty or again:
                 break
-            bucket = bucket + 1 if bucket + 1 < buckets else 0
+            bucket = next_bucket(bucket, n, buckets)
         if not again and atomic_load(&ix.header.directory) == word:
             return MISSING
 
@@ -227,7 +234,7 @@ cdef inline uint64_t *claim_slot(Log log, Probe *p) noexcept nogil:
 
 
 cdef inline uint64_t removed_value(Probe *p) noexcept nogil:
-    """What stands in a slot after its entry went.  A full bucket may have sent keys on to the next one: a search
+    """What stands in a slot after its entry went.  A full bucket may have sent keys on to others: a search
     must still pass it, so it keeps a mark; one with an empty slot has sent none."""
     return SLOT_EMPTY if p.bucket_has_empty else SLOT_DELETED
 
