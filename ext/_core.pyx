@@ -17,7 +17,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_Check, PyBytes_FromStringA
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport PyObject
 from cpython.unicode cimport PyUnicode_Check
-from libc.errno cimport ENOMEM, errno
+from libc.errno cimport ENOMEM, ENOSPC, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, qsort, realloc
 from libc.string cimport memcmp, memcpy, memset
@@ -34,6 +34,7 @@ from logkv.errors import ClosedError, CorruptionError, Error, FormatError, ReadO
 include "record.pxi"    # keys, values, encoding; status codes become exceptions
 include "log.pxi"       # Log: what one process has mapped of a store, and its state
 include "index.pxi"     # find, insert, remove; an index as a whole
+include "space.pxi"     # pages that take a store although the disk may be full
 include "grow.pxi"      # a full shard gets more room
 include "segment.pxi"   # append: put, delete, marks
 include "scan.pxi"      # recovery: replay records and footers

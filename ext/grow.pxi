@@ -146,6 +146,7 @@ cdef int grow_to(Log log, uint64_t h, unsigned *least, Trouble *t) noexcept nogi
     cdef Index *ix = log.index
     cdef uint64_t word, entry, live = 0, bucket, value, i, page, count = 0, width, first, stride
     cdef uint64_t pages[2]
+    cdef Stretch stretches[3]
     cdef Extent *extents = NULL
     cdef uint64_t *slots
     cdef uint64_t *old
@@ -187,8 +188,12 @@ cdef int grow_to(Log log, uint64_t h, unsigned *least, Trouble *t) noexcept nogi
         return NEED_PAGES
 
     for i in range(parts):
+        stretches[i] = Stretch(ix.base + pages[i] * PAGE_BYTES, <uint64_t> SHARD_PAGES[to_cls] * PAGE_BYTES)
+    stretches[parts] = Stretch(ix.base + page * PAGE_BYTES, <uint64_t> 8 << full_depth)
+    if make_writable(log, stretches, parts + 1, t) < 0:
+        return CANNOT_WRITE
+    for i in range(parts):
         target = ix.base + pages[i] * PAGE_BYTES
-        populate(target, <uint64_t> SHARD_PAGES[to_cls] * PAGE_BYTES, True)
         begin_shard(target, to_cls, to_depth,
                     (<shard_header *> shard).prefix | (i << (64 - to_depth) if i else 0))
     status = copy_entries(log, shard, cls, ix.base + pages[0] * PAGE_BYTES, ix.base + pages[parts - 1] * PAGE_BYTES,

@@ -291,6 +291,7 @@ def create_index(Log log, fd, uint64_t expected, uint64_t epoch, uint64_t nonce)
     cdef uint8_t *base
     cdef index_header *header
     cdef uint64_t *directory
+    cdef Trouble t
     index_shape(expected, &cls, &depth)
     pages = 1 + directory_pages(depth) + (<uint64_t> SHARD_PAGES[cls] << depth)
     if fd is None:
@@ -298,8 +299,10 @@ def create_index(Log log, fd, uint64_t expected, uint64_t epoch, uint64_t nonce)
         base = log.map_memory(mapped)
     else:
         base = log.map_file(fd, max(INDEX_RESERVE, 4 * pages * PAGE_BYTES), pages * PAGE_BYTES, &mapped)
+    if make_writable(log, [Stretch(base, pages * PAGE_BYTES)], 1, &t) < 0:
+        log.unmap(base)
+        raise_unwritable(t.status)
     take_index(log, base, mapped, pages, fd is None)
-    populate(base, pages * PAGE_BYTES, True)
     header = log.index.header
     memcpy(header.magic, INDEX_MAGIC, 8)
     header.format = FORMAT_VERSION
@@ -424,6 +427,8 @@ def seal_index(Log log) -> None:
     cdef uint64_t word, i
     cdef uint64_t *directory
     cdef uint8_t *shard
+    cdef uint32_t crc
+    cdef Trouble t
     log.check_writer()
     word = log.index.header.directory
     directory = <uint64_t *> (log.index.base + DIRECTORY_PAGE(word) * PAGE_BYTES)
@@ -431,8 +436,13 @@ def seal_index(Log log) -> None:
         for i in range(<uint64_t> 1 << DIRECTORY_DEPTH(word)):
             shard = log.index.base + ENTRY_PAGE(directory[i]) * PAGE_BYTES
             if not (<shard_header *> shard).intact:
-                (<shard_header *> shard).crc = shard_crc(shard, ENTRY_CLASS(directory[i]))
+                crc = shard_crc(shard, ENTRY_CLASS(directory[i]))
+                if make_writable(log, [Stretch(shard, SHARD_HEADER_BYTES)], 1, &t) < 0:
+                    with gil:
+                        raise_unwritable(t.status)
+                (<shard_header *> shard).crc = crc
                 (<shard_header *> shard).intact = 1
+    log.check_change()
     log.index.header.clean_directory = word
     log.index.header.crc = index_crc(log.index.base)
 
@@ -444,6 +454,8 @@ def extend_index(Log log, fd, uint64_t pages) -> None:
     cdef uint8_t *checked = NULL
     cdef Index *ix = log.index
     log.check_open()
+    if log.writable:
+        log.check_change()
     if pages <= ix.pages:
         return
     if pages * PAGE_BYTES > ix.mapped:

@@ -74,6 +74,11 @@ cdef class Log:
         uint64_t unsynced_since     # version of the first write after the last sync, 0: none
         uint64_t patience           # ns after which a write waits for the flush, 0: never
         readonly bint closed
+        bint copies                 # the file system copies on write: space.pxi
+        bint tight                  # little room was left there
+        uint64_t looked             # when that was
+        uint64_t little             # bytes
+        int volume                  # a file there
 
     def __cinit__(self, owner, uint64_t identity, bytes seed, bint writable):
         self.owner = owner
@@ -157,6 +162,19 @@ cdef class Log:
         if not self.writable:
             raise ReadOnlyError("the store is open for reading only")
         return 0
+
+    cdef int check_change(self) except -1:
+        """Before a store into the control page or the index's first page."""
+        self.check_writer()
+        cdef int problem = self.full_disk()
+        if problem:
+            raise_unwritable(problem)
+        return 0
+
+    cdef int full_disk(self) noexcept nogil:
+        """An errno if a store into these pages would find no room, else 0."""
+        cdef Trouble t
+        return t.status if self.copies and make_writable(self, NULL, 0, &t) < 0 else 0
 
     # -- mappings ---------------------------------------------------------------------------------------
 
@@ -275,9 +293,16 @@ cdef class Log:
         cdef uint64_t mapped
         self.control = <control_page *> self.map_file(fd, PAGE_BYTES, PAGE_BYTES, &mapped)
 
+    def watch_space(self, int fd, uint64_t little) -> None:
+        """The file system, on which this file stays open, copies on write: what is stored into is made writable before, by
+        puts and deletes while less than `little` bytes are left."""
+        self.copies = True
+        self.volume = fd
+        self.little = little
+
     def begin_control(self) -> None:
         """Fills a new control page: nothing in it is believed yet."""
-        self.check_writer()
+        self.check_change()
         memset(self.control, 0, PAGE_BYTES)
         memcpy(self.control.magic, CONTROL_MAGIC, 8)
         self.control.format = FORMAT_VERSION
@@ -302,7 +327,7 @@ cdef class Log:
 
     def trust_index(self, bytes boot, uint64_t device, uint64_t inode, uint64_t index_inode, uint64_t nonce) -> None:
         """Says under which circumstances the index is right; the nonce last, as readers wait for it."""
-        self.check_writer()
+        self.check_change()
         memcpy(self.control.boot, PyBytes_AS_STRING(boot), 16)
         self.control.device = device
         self.control.inode = inode
@@ -312,12 +337,15 @@ cdef class Log:
 
     def distrust_index(self) -> None:
         """No process takes the index from here on."""
-        self.check_writer()
+        self.check_change()
         atomic_store(&self.control.index_nonce, 0)
 
     def note_manifest(self, bint coming, uint64_t generation, uint64_t inode, uint64_t ctime) -> None:
-        """Vouches for a MANIFEST: the coming one before its rename, then the one in force."""
+        """Vouches for a MANIFEST: the coming one before its rename, then the one in force.  On a full disk it may not: then
+        the index is built anew after a kill."""
         self.check_writer()
+        if self.full_disk():
+            return
         cdef control_manifest *m = &self.control.manifest[coming]
         m.generation = 0
         atomic_store(&m.inode, inode)
@@ -327,12 +355,12 @@ cdef class Log:
 
     def mark_dirty(self) -> None:
         """Clears the clean mark; to be synced before the first store into log or index."""
-        self.check_writer()
+        self.check_change()
         atomic_store(&self.control.clean, 0)
 
     def mark_clean(self, uint64_t generation) -> None:
         """Sets the clean mark, when log and index are on the device."""
-        self.check_writer()
+        self.check_change()
         cdef control_page page = self.control[0]
         page.clean = generation
         self.control.crc = control_crc(&page)
@@ -340,7 +368,7 @@ cdef class Log:
 
     def note_epoch(self, uint64_t epoch) -> None:
         """The store's epoch, or the one that it is about to begin: readers then look at the MANIFEST."""
-        self.check_writer()
+        self.check_change()
         atomic_store(&self.control.epoch, epoch)
 
     @property
@@ -356,14 +384,15 @@ cdef class Log:
         self.nonce, self.epoch, self.last_version = signs
 
     def note_sync_failure(self, int number) -> None:
-        if self.control != NULL:
+        if self.control != NULL and not populate(<uint8_t *> self.control, PAGE_BYTES, True):
             self.control.sync_failed = number
 
     def note_durable(self, uint64_t number, uint64_t end) -> None:
-        """A sync has returned that covered the log up to there."""
+        """A sync has returned that covered the log up to there.  A full disk may leave it without that note."""
         self.check_writer()
-        self.control.durable_number = number
-        self.control.durable_end = end
+        if not self.full_disk():
+            self.control.durable_number = number
+            self.control.durable_end = end
 
     # -- state ------------------------------------------------------------------------------------------
 
@@ -395,7 +424,7 @@ cdef class Log:
 
     def settle_state(self, uint64_t number, uint64_t end, uint64_t version, log_bytes=None) -> None:
         """States where the log ends now."""
-        self.check_writer()
+        self.check_change()
         cdef bint counted = log_bytes is not None
         cdef uint64_t size = log_bytes if counted else 0
         write_lock(&self.mutex)
@@ -535,7 +564,7 @@ cdef int ask_owner(Log log, owner, int status, Trouble *t) except -1:
     elif status == NEED_LOG_ROOM:
         owner._make_room(t.place)
     elif status == CANNOT_WRITE:
-        raise Error(t.status, f"cannot write to segment {log.active.number}: {os.strerror(t.status)}")
+        raise_unwritable(t.status)
     elif status == UNCHECKED:
         if not check_shard(log, t.place):
             owner._index_damaged(f"the shard at page {t.place} fails its checksum")
@@ -551,6 +580,10 @@ cdef int ask_owner(Log log, owner, int status, Trouble *t) except -1:
         raise CorruptionError("the index points at a record that is not a put", path=path, segment=number, offset=offset,
                               expected="a put", found="another kind")
     return 0
+
+
+cdef int raise_unwritable(int problem) except -1:
+    raise Error(problem, f"cannot write to the store: {os.strerror(problem)}")
 
 
 cdef int raise_damage(Log log, Trouble *t) except -1:

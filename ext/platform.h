@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <time.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/statvfs.h>
 #ifdef __linux__
 #include <sys/vfs.h>
 #endif
@@ -47,12 +49,28 @@ static inline int populate(uint8_t *start, uint64_t length, int for_writing) {
     length += (uintptr_t)start - page;
     while (madvise((void *)page, length, for_writing ? MADV_POPULATE_WRITE : MADV_POPULATE_READ)) {
         if (errno == EINTR || errno == EAGAIN) continue;
+        if (errno == EFAULT && for_writing) return ENOSPC;      /* the store would be a SIGBUS: there is no block for it */
         return errno == EINVAL ? 0 : errno;
     }
 #else
     (void)start; (void)length; (void)for_writing;
 #endif
     return 0;
+}
+
+/* Pages that this thread has had made present or writable so far. */
+static inline uint64_t page_faults(void) {
+#ifdef RUSAGE_THREAD
+    struct rusage u;
+    if (getrusage(RUSAGE_THREAD, &u) == 0) return (uint64_t)u.ru_minflt + (uint64_t)u.ru_majflt;
+#endif
+    return 0;
+}
+
+/* Bytes that a file's file system has left; 0 if that is not known. */
+static inline uint64_t free_bytes(int fd) {
+    struct statvfs s;
+    return fstatvfs(fd, &s) == 0 ? (uint64_t)s.f_bavail * s.f_frsize : 0;
 }
 
 /* The kind of file system that a file is on, as statfs(2) numbers them; 0: not known. */

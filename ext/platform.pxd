@@ -13,6 +13,8 @@ cdef extern from "platform.h" nogil:
     void prefetch(const void *p)
     uint64_t clock_ns()
     int populate(uint8_t *start, uint64_t length, bint for_writing)
+    uint64_t page_faults()
+    uint64_t free_bytes(int fd)
     unsigned long c_filesystem_magic "filesystem_magic" (int fd)
 
 cdef extern from "siphash.h" nogil:

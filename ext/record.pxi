@@ -18,8 +18,9 @@ cdef enum Status:           # negative: not settled by memory alone, `settle` kn
     LOOK_CLOSER = -9        # closed, or the index is being built
     REFUSED = -10           # no write is taken
     NEED_LOG_ROOM = -11     # the log's file must be longer
-    CANNOT_WRITE = -12      # the system cannot make pages of the log present
+    CANNOT_WRITE = -12      # the system cannot make pages present, or has no room for a store into them
     CHANGED = -13           # by another thread, since it was looked at
+    TIGHT = -14             # there is room in the log's file, but pages must be made writable first
 
 
 cdef struct Trouble:        # what a negative status is about

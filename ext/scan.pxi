@@ -74,11 +74,12 @@ cdef int apply_batch(Log log, Entry *batch, int n, uint64_t number, int *done, T
     cdef Entry *e
     cdef Probe p
     cdef int status
+    cdef bint tight = log.copies and little_is_left(log)
     while done[0] < n:
         e = batch + done[0]
-        if e.kind != KIND_PUT and e.kind != KIND_DELETE:
-            commit(log, number, e.end, e.version, NULL, 0, 0)
-        else:
+        p.slot = NULL
+        status = MISSING
+        if e.kind == KIND_PUT or e.kind == KIND_DELETE:
             status = probe(log, NULL, 0, e.hash, e.location, &p, True, t)
             if status == MISSING and e.kind == KIND_PUT and shard_is_full(&p):
                 status = grow_shard(log, e.hash, t)
@@ -86,12 +87,14 @@ cdef int apply_batch(Log log, Entry *batch, int n, uint64_t number, int *done, T
                     continue
             if status < 0:
                 return status
-            if e.kind == KIND_PUT and not (status == FOUND and p.location == e.location):
-                apply_put(log, &p, status, e.hash, e.location, e.size, number, e.end, e.version)
-            elif e.kind == KIND_DELETE and status == FOUND:
-                apply_delete(log, &p, number, e.end, e.version)
-            else:
-                commit(log, number, e.end, e.version, NULL, 0, 0)
+        if tight and make_change_writable(log, &p, 0, t) < 0:
+            return CANNOT_WRITE
+        if e.kind == KIND_PUT and not (status == FOUND and p.location == e.location):
+            apply_put(log, &p, status, e.hash, e.location, e.size, number, e.end, e.version)
+        elif e.kind == KIND_DELETE and status == FOUND:
+            apply_delete(log, &p, number, e.end, e.version)
+        else:
+            commit(log, number, e.end, e.version, NULL, 0, 0)
         done[0] += 1
     return FOUND
 
@@ -174,6 +177,7 @@ def adopt_last(Log log, uint64_t chunk) -> None:
             break
         settle(log, status, &t)
     if (status == FOUND and p.location == location) if r.kind == KIND_PUT else status == MISSING:
+        log.check_change()
         atomic_store(&log.index.page.seq, log.seq + 1)
         log.load_state()
 

@@ -68,12 +68,17 @@ cdef int check_writable(Log log) except -1:
 
 
 cdef inline int find_room(Log log, uint64_t need, Trouble *t) noexcept nogil:
-    """FOUND if a record fits behind the log's end, and its pages are there."""
-    if log.refusing:
-        return REFUSED
+    """FOUND if a write is taken and its record fits behind the log's end."""
+    return REFUSED if log.refusing else find_pages(log, need, t)
+
+
+cdef inline int find_pages(Log log, uint64_t need, Trouble *t) noexcept nogil:
+    """FOUND if a record fits behind the log's end, and its pages are there; TIGHT if they must be made writable."""
     if log.active.end + need > log.active.allocated:
         t.place = need
         return NEED_LOG_ROOM
+    if log.copies and little_is_left(log):
+        return TIGHT
     if log.active.end + need > log.active.populated:
         t.status = populate_ahead(log, need)
         if t.status:
@@ -132,8 +137,8 @@ cdef inline int put_now(Log log, Bytes key, Bytes value, uint64_t h, uint64_t ne
     cdef int status
     while True:
         status = find_room(log, need, t)
-        if status < 0:
-            return status
+        if status != FOUND:
+            return put_tightly(log, key, value, h, need, version, t) if status == TIGHT else status
         prefetch_bucket(log, h)         # its line arrives while the record is written
         version[0] = write_record(log, KIND_PUT, key, value, need)
         status = probe(log, key.data, key.size, h, 0, &p, True, t)
@@ -145,6 +150,29 @@ cdef inline int put_now(Log log, Bytes key, Bytes value, uint64_t h, uint64_t ne
             break
         memset(log.active.base + log.active.end, 0, need)
         return status
+    location = move_end(log, need)
+    apply_put(log, &p, status, h, location, need, log.active.number, log.active.end, version[0])
+    return FOUND
+
+
+cdef int put_tightly(Log log, Bytes key, Bytes value, uint64_t h, uint64_t need, uint64_t *version,
+                     Trouble *t) noexcept nogil:
+    """The same in another order: nothing is stored before all of it can be."""
+    cdef uint64_t location
+    cdef Probe p
+    cdef int status
+    while True:
+        status = probe(log, key.data, key.size, h, 0, &p, True, t)
+        if status != MISSING or not shard_is_full(&p):
+            break
+        status = grow_shard(log, h, t)
+        if status < 0:
+            return status
+    if status < 0:
+        return status
+    if make_change_writable(log, &p, need, t) < 0:
+        return CANNOT_WRITE
+    version[0] = write_record(log, KIND_PUT, key, value, need)
     location = move_end(log, need)
     apply_put(log, &p, status, h, location, need, log.active.number, log.active.end, version[0])
     return FOUND
@@ -218,6 +246,8 @@ cdef inline int delete_now(Log log, Bytes key, uint64_t h, uint64_t need, uint64
         return CHANGED
     if status == FOUND:
         status = find_room(log, need, t)
+    if status == TIGHT:
+        status = make_change_writable(log, &p, need, t)
     if status != FOUND:
         return status
     version[0] = write_record(log, KIND_DELETE, key, nothing, need)
@@ -259,8 +289,13 @@ cdef uint64_t mark_now(Log log, uint64_t number, uint64_t end, uint64_t covered)
     cdef Bytes key = Bytes(NULL, 0), value = Bytes(<uint8_t *> &mark, sizeof(mark))
     cdef bint quiet = log.version <= covered
     cdef uint64_t version
-    if log.active.end + MARK_BYTES > log.active.allocated or \
-            log.active.end + MARK_BYTES > log.active.populated and populate_ahead(log, MARK_BYTES):
+    cdef Trouble t
+    cdef Probe none
+    cdef int status = find_pages(log, MARK_BYTES, &t)
+    none.slot = NULL
+    if status == TIGHT:
+        status = make_change_writable(log, &none, MARK_BYTES, &t)
+    if status != FOUND:
         return covered
     version = write_record(log, KIND_SYNC_MARK, key, value, MARK_BYTES)
     move_end(log, MARK_BYTES)
@@ -270,11 +305,10 @@ cdef uint64_t mark_now(Log log, uint64_t number, uint64_t end, uint64_t covered)
 
 def switch_segment(Log log, int fd, uint64_t number, uint64_t chunk, uint64_t capacity, uint64_t allocated) -> None:
     """Goes on in the successor, mapped and named in the MANIFEST: its first record says where the last one ended."""
-    cdef int problem
+    cdef Trouble t
     log.check_writer()
-    problem = populate(log.chunks[chunk].base, PAGE_BYTES, True)
-    if problem:
-        raise Error(problem, f"cannot write to segment {number}: {os.strerror(problem)}")
+    if make_writable(log, [Stretch(log.chunks[chunk].base, PAGE_BYTES)], 1, &t) < 0:
+        raise_unwritable(t.status)
     write_lock(&log.mutex)
     switch_now(log, fd, number, chunk, capacity, allocated)
     write_unlock(&log.mutex)

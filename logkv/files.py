@@ -34,6 +34,10 @@ NETWORK_FILE_SYSTEMS = {
     0x73757245: "Coda", 0x00C36400: "Ceph",
 }
 
+# What overwrites in place: what was allocated takes every later store.  All others are taken to copy on write.
+IN_PLACE = {0xEF53: "ext2, ext3, ext4", 0x01021994: "tmpfs", 0x858458F6: "ramfs"}
+LITTLE = 1 << 30        # bytes left, below which copying on write may find no room
+
 
 def segment_name(number: int) -> str:
     """The file of a segment."""
@@ -201,8 +205,14 @@ def sync_data(fd: int) -> None:
         os.fdatasync(fd)
 
 
+def copies_on_write(fd: int) -> bool:
+    """Whether a page that the device has may need a new block when it is stored into."""
+    return filesystem_magic(fd) not in IN_PLACE
+
+
 def allocate(fd: int, size: int, *, whole: bool = False) -> None:
-    """Makes the file at least `size` bytes long, really: later stores into it cannot fail for lack of space.
+    """Makes the file at least `size` bytes long, really: where the file system overwrites in place, later
+    stores into it cannot fail for lack of space.
 
     `whole`: what it has already too, for a copy may have left holes where zeros were.
     """

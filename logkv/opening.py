@@ -136,6 +136,8 @@ class Opening(Engine):
         self._allocate_control()
         if not self._map_control():
             raise Error("the control page vanished while the store was opened")
+        if files.copies_on_write(self._control_fd):
+            self.log.watch_space(self._control_fd, files.LITTLE)
         if not self.log.trust:
             self.log.begin_control()
 

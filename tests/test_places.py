@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -443,6 +444,87 @@ def test_a_writer_in_another_namespace(path: str) -> None:
         with logkv.open(path, "w", timeout=30) as db:
             assert dict(db.items()) == BOTH
     check(path, BOTH)
+
+
+# -- copying on write, full disks -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("magic", "copies"), [(0xEF53, False), (0x01021994, False), (0x58465342, True), (0x9123683E, True),
+                                               (0, True)])
+def test_which_file_systems_copy_on_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, magic: int, copies: bool) -> None:
+    """ext4 and tmpfs do not; XFS and Btrfs do, and what is not known may."""
+    monkeypatch.setattr(files, "filesystem_magic", lambda fd: magic)
+    assert files.copies_on_write(-1) is copies
+
+
+@pytest.fixture(params=["much is left", "little is left"])
+def copying(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any file system is taken for one that copies on write."""
+    monkeypatch.setattr(files, "IN_PLACE", {})
+    monkeypatch.setattr(files, "LITTLE", 0 if request.param == "much is left" else 1 << 62)
+
+
+@pytest.mark.parametrize("sync", ["os", "always"])
+def test_where_pages_are_made_writable_first(path: str, in_child: RunInChild, monkeypatch: pytest.MonkeyPatch,
+                                             copying: None, sync: str) -> None:
+    """Growth, rotation, deletes, syncs, `clear`, all ways to open: nothing else than without."""
+    count = 10_000 if sync == "os" else 300
+    pairs = {b"key %d" % number: b"%d" % number * 10 for number in range(count)}
+    with logkv.open(path, segment_size=SEGMENT, sync=sync) as db:       # type: ignore[arg-type]
+        db.update(FIRST if sync == "os" else {})
+        db.clear()
+        db.update(pairs)
+        db.update(dict.fromkeys(list(pairs)[::2], b"again"))
+        for key in list(pairs)[::3]:
+            del db[key]
+        expected = {key: b"again" if number % 2 == 0 else value
+                    for number, (key, value) in enumerate(pairs.items()) if number % 3}
+        assert dict(db.items()) == expected
+        db.sync()
+    assert how(path) == "clean"
+    check(path, expected)
+    killed(path, in_child, THEN)
+    assert how(path) == "trusted"
+    os.unlink(os.path.join(path, "index"))
+    assert how(path) == "rebuilt"
+    check(path, expected | THEN)
+
+
+@pytest.mark.parametrize("copying", ["little is left"], indirect=True)
+@pytest.mark.parametrize(("name", "size"), [("control", 0), ("0000000001.seg", 4096)])
+@pytest.mark.parametrize("room_again", [True, False])
+def test_a_change_that_finds_no_room_changes_nothing(path: str, in_child: RunInChild, copying: None, name: str, size: int,
+                                                     room_again: bool) -> None:
+    """Behind the end of its file a page has no room either: a store there is a SIGBUS, as on a full disk that
+    copies on write."""
+    file, long, before = Path(path, name), bytes(8192), {b"a": b"1", b"b": b"2"}
+
+    def child() -> None:
+        db = logkv.open(path)
+        db.update(before)
+        whole = file.read_bytes()
+        os.truncate(file, size)
+        changes = [lambda: db.put("a", long), lambda: db.put("c", long)]
+        for change in [*changes, lambda: db.delete("b")] if name == "control" else changes:
+            with pytest.raises(logkv.Error) as caught:
+                change()
+            assert caught.value.errno == errno.ENOSPC
+            assert dict(db.items()) == before and len(db) == 2
+        db.sync()
+        with file.open("ab") as end:
+            end.write(whole[size:])
+        if room_again:
+            for change in changes:
+                change()
+            db.delete("b")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(child) == -signal.SIGKILL
+    with logkv.open(path, "w") as db:
+        recovery = db.stats()["recovery"]
+        assert recovery["index"] == "trusted" and recovery["cut_bytes"] == 0
+        assert dict(db.items()) == ({b"a": long, b"c": long} if room_again else before)
+    assert logkv.verify(path).ok
 
 
 # -- other file systems -----------------------------------------------------------------------------------------
