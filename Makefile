@@ -5,8 +5,9 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := $(wildcard ext/*) setup.py pyproject.toml
 SECONDS ?= 60
+KIND ?= thread
 
-.PHONY: demo test bench bench-growth bench-compare proof market docs freethreaded annotate dist clean
+.PHONY: demo test bench bench-growth bench-compare proof market docs freethreaded sanitize annotate dist clean
 
 demo: $(VENV)/installed			## live prices from a writer and two readers, a kill, a recovery, a report
 	$(RUN) -m logkv demo
@@ -34,6 +35,9 @@ docs: $(VENV)/installed			## docs/api.md from the docstrings
 
 freethreaded:				## the tests without the GIL, on a CPython built for it once; ARGS="tests/test_store.py"
 	.ci/freethreaded $(ARGS)
+
+sanitize: $(VENV)/tools		## the threaded tests with the core under gcc's ThreadSanitizer; KIND=address
+	PYTHON=$(RUN) .ci/sanitize $(KIND) $(ARGS)
 
 annotate:				## build/ext/_core.html: where Cython touches Python
 	LOGKV_ANNOTATE=1 $(RUN) setup.py -q build_ext --inplace --force

@@ -27,6 +27,9 @@ from posix.unistd cimport pwrite
 from format cimport *
 from platform cimport *
 
+cdef extern from "interpreter.h":
+    pass
+
 import os
 
 from logkv.errors import ClosedError, CorruptionError, Error, FormatError, ReadOnlyError

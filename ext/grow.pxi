@@ -50,14 +50,14 @@ cdef uint64_t claim_pages(Extent *extents, uint64_t *count, uint64_t pages) noex
 
 cdef void begin_shard(uint8_t *shard, unsigned cls, unsigned depth, uint64_t prefix) noexcept nogil:
     cdef shard_header *header = <shard_header *> shard
-    memset(shard, 0, <uint64_t> SHARD_PAGES[cls] * PAGE_BYTES)
+    relaxed_clear(<uint64_t *> shard, <uint64_t> SHARD_PAGES[cls] * PAGE_BYTES // 8)
     header.cls = cls
     header.depth = depth
     header.prefix = prefix
 
 
 cdef bint place(uint8_t *shard, unsigned cls, uint64_t home, uint64_t value) noexcept nogil:
-    """Puts an entry into a shard that nobody else sees yet; False if that is too full."""
+    """Puts an entry into a shard that is not current yet; False if that is too full."""
     cdef uint64_t bucket = home, n
     cdef uint64_t *slots
     cdef unsigned i
@@ -67,10 +67,10 @@ cdef bint place(uint8_t *shard, unsigned cls, uint64_t home, uint64_t value) noe
         slots = bucket_at(shard, bucket)
         for i in range(BUCKET_SLOTS):
             if slots[i] == SLOT_EMPTY:
-                slots[i] = value
+                relaxed_store(slots + i, value)
                 if bucket != home:
                     displaced_at(shard, cls, bucket)[0] |= <uint8_t> (1 << i)
-                (<shard_header *> shard).used += 1
+                relaxed_store(&(<shard_header *> shard).used, (<shard_header *> shard).used + 1)
                 return True
         bucket = next_bucket(bucket, n, SHARD_BUCKETS[cls])
     return False
@@ -187,6 +187,8 @@ cdef int grow_to(Log log, uint64_t h, unsigned *least, Trouble *t) noexcept nogi
     if t.place > ix.pages:
         return NEED_PAGES
 
+    # A reader may still be in what was here before: who sees anything of the new sees that the old has gone.
+    release_fence()
     for i in range(parts):
         stretches[i] = Stretch(ix.base + pages[i] * PAGE_BYTES, <uint64_t> SHARD_PAGES[to_cls] * PAGE_BYTES)
     stretches[parts] = Stretch(ix.base + page * PAGE_BYTES, <uint64_t> 8 << full_depth)
@@ -206,14 +208,14 @@ cdef int grow_to(Log log, uint64_t h, unsigned *least, Trouble *t) noexcept nogi
     new = <uint64_t *> (ix.base + page * PAGE_BYTES)
     stride = full_depth - DIRECTORY_DEPTH(word)
     for i in range(<uint64_t> 1 << full_depth):
-        new[i] = old[i >> stride]
+        relaxed_store(new + i, old[i >> stride])
     width = <uint64_t> 1 << (full_depth - depth)            # entries that named the old shard
     first = ((h >> 1) >> (63 - full_depth)) & ~(width - 1)
     for i in range(width):
-        new[first + i] = ENTRY(pages[i * parts // width], to_cls, to_depth)
+        relaxed_store(new + first + i, ENTRY(pages[i * parts // width], to_cls, to_depth))
     for i in range(parts):
         if ix.checked != NULL and pages[i] < ix.checked_pages:
-            ix.checked[pages[i]] = 1
+            atomic_store_byte(&ix.checked[pages[i]], 1)
     atomic_store(&ix.header.directory, DIRECTORY_WORD(page, full_depth, word + 1))
     return FOUND
 

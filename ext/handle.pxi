@@ -17,39 +17,12 @@ cdef inline object decoded(value, decode):
     return value if decode is None else decode(value)
 
 
-cdef inline Log opened(ReadHandle handle):
+cdef inline PyObject *opened(ReadHandle handle) except NULL:
+    """The log, borrowed: it is the handle's for as long as that lives.  A count of references would be one that all
+    threads share."""
     if handle.log is None or atomic_load(&handle.let_go):
         raise ClosedError("the store is closed")
-    return handle.log
-
-
-cdef inline int current(Log log) except -1:
-    """Before every read: the log is open, and the index is still the one to use."""
-    cdef control_page *c
-    if atomic_load(&log.attention):
-        look_closer(log)
-    c = log.control
-    if not log.writable and c != NULL and (
-            atomic_load(&c.index_nonce) != log.nonce or atomic_load(&c.epoch) != log.epoch or
-            log.index.private and atomic_load(&c.last_version) != log.last_version):
-        log.owner._index_changed()
-        log.check_open()
-    return 0
-
-
-cdef int look_closer(Log log) except -1:
-    """Returns when the index is there to be read."""
-    while atomic_load(&log.attention):
-        log.check_open()
-        log.owner._await_turn()
-    return 0
-
-
-cdef inline int look(Log log, Bytes key, uint64_t h, Probe *p, Trouble *t) noexcept nogil:
-    """Between `read_begin` and `read_end`."""
-    if atomic_load(&log.attention):
-        return LOOK_CLOSER
-    return probe(log, key.data, key.size, h, 0, p, False, t)
+    return <PyObject *> handle.log
 
 
 cdef inline int fetch(Log log, Bytes key, PyObject **value, uint64_t *location) except -1:
@@ -57,21 +30,22 @@ cdef inline int fetch(Log log, Bytes key, PyObject **value, uint64_t *location) 
     cdef uint64_t h
     cdef Probe p
     cdef Trouble t
-    cdef int status = MISSING
-    p.location = 0
-    current(log)
-    if key.size <= KEY_MAX:
-        h = siphash13(log.seed, key.data, key.size)
-        while True:
-            read_begin()
-            status = look(log, key, h, &p, &t)
-            if status == FOUND and value != NULL:
-                status = copy_value(log, &p.record, value, &t)
-            read_end()
-            if status >= 0:
-                break
-            settle(log, status, &t)
-            current(log)
+    cdef int status = FOUND
+    if key.size > KEY_MAX:
+        log.check_open()
+        return MISSING
+    h = siphash13(log.seed, key.data, key.size)
+    while True:
+        read_begin()
+        status = glance(log, status)
+        if status == FOUND:
+            status = probe(log, key.data, key.size, h, 0, &p, False, &t)
+        if status == FOUND and value != NULL:
+            status = copy_value(log, &p.record, value, &t)
+        read_end()
+        if status >= 0:
+            break
+        settle(log, status, &t)
     location[0] = p.location
     return status
 
@@ -97,6 +71,21 @@ cdef inline int copy_key(record_view *r, PyObject **key) noexcept:
     return FOUND if key[0] != NULL else NO_MEMORY
 
 
+cdef uint64_t count_keys(Log log) except? -1:
+    cdef index_state s
+    cdef Trouble t
+    cdef int status = FOUND
+    while True:
+        read_begin()
+        status = glance(log, status)
+        if status == FOUND:
+            read_state(current_index(log), &s)
+        read_end()
+        if status == FOUND:
+            return s.keys
+        settle(log, status, &t)
+
+
 cdef class ReadHandle:
     """The reading half of a mapping of bytes to bytes, or to what a codec makes of them."""
     cdef:
@@ -117,17 +106,18 @@ cdef class ReadHandle:
     @property
     def closed(self) -> bool:
         """Whether this handle was closed."""
-        return self.log is None or bool(self.let_go) or self.log.closed
+        return self.log is None or atomic_load(&self.let_go) != 0 or self.log.closed
 
     def __getitem__(self, key):
         cdef Bytes k
         cdef PyObject *value
         cdef uint64_t location
         key_bytes(key, &k)
-        if fetch(opened(self), k, &value, &location) == MISSING:
+        if fetch(<Log> opened(self), k, &value, &location) == MISSING:
             raise KeyError(key)
         return decoded(owned(value), self.decode)
 
+    @cython.binding(False)      # CPython counts a reference to the handle, which threads may share, in calls of others
     def get(self, key, default=None):
         """The value of `key`, or `default`.
 
@@ -138,7 +128,7 @@ cdef class ReadHandle:
         cdef PyObject *value
         cdef uint64_t location
         key_bytes(key, &k)
-        if fetch(opened(self), k, &value, &location) == MISSING:
+        if fetch(<Log> opened(self), k, &value, &location) == MISSING:
             return default
         return decoded(owned(value), self.decode)
 
@@ -146,23 +136,17 @@ cdef class ReadHandle:
         cdef Bytes k
         cdef uint64_t location
         key_bytes(key, &k)
-        return find(opened(self), k, &location) == FOUND
+        return find(<Log> opened(self), k, &location) == FOUND
 
     def __len__(self):
-        cdef index_state s
-        cdef Log log = opened(self)
-        current(log)
-        log.current_state(&s)
-        return s.keys
+        return count_keys(<Log> opened(self))
 
     def __iter__(self):
         return self._iterate(0)
 
     def _iterate(self, int what, bint holding=True):
         """An iterator over keys (0), values (1) or pairs (2).  `holding`: it keeps the handle, which stays open so."""
-        cdef Log log = opened(self)
-        current(log)
-        return StoreIterator(log, what, self.decode, self if holding else None)
+        return StoreIterator(<Log> opened(self), what, self.decode, self if holding else None)
 
 
 cdef class WriteHandle(ReadHandle):
@@ -181,7 +165,7 @@ cdef class WriteHandle(ReadHandle):
         cdef Bytes k, v
         cdef Py_buffer view
         cdef bint taken
-        cdef Log log = opened(self)
+        cdef Log log = <Log> opened(self)
         key_bytes(key, &k)
         if self.encode is not None:
             value = self.encode(value)
@@ -197,7 +181,7 @@ cdef class WriteHandle(ReadHandle):
         if self.encode is None and PyBytes_Check(value):
             key_bytes(key, &k)
             v.data, v.size = <const uint8_t *> PyBytes_AS_STRING(value), PyBytes_GET_SIZE(value)
-            put(opened(self), k, v)
+            put(<Log> opened(self), k, v)
         else:
             self.put(key, value)
 
@@ -205,7 +189,7 @@ cdef class WriteHandle(ReadHandle):
         """Removes `key`; False if it was not there.  Durability and errors as for `put`."""
         cdef Bytes k
         key_bytes(key, &k)
-        return delete(opened(self), k, 0) != 0
+        return delete(<Log> opened(self), k, 0) != 0
 
     def __delitem__(self, key):
         if not self.delete(key):
@@ -216,7 +200,7 @@ cdef class WriteHandle(ReadHandle):
         cdef Bytes k
         cdef PyObject *raw = NULL
         cdef uint64_t location, version
-        cdef Log log = opened(self)
+        cdef Log log = <Log> opened(self)
         check_writable(log)
         key_bytes(key, &k)
         while True:
@@ -267,34 +251,36 @@ cdef class StoreIterator:
         return self
 
     def __next__(self):
+        cdef PyObject *log = <PyObject *> self.log          # borrowed, as by `opened`
         with cython.critical_section(self):
-            return self.following()
+            return self.following(<Log> log)
 
-    cdef following(self):
+    cdef following(self, Log log):
+        """Where `settle` waits, another thread may go on with this iterator: nothing is taken for as it was before."""
         cdef record_view r
         cdef Trouble t
         cdef Bytes key
         cdef PyObject *found_key = NULL
         cdef PyObject *found_value = NULL
         cdef uint64_t location
-        cdef int status
+        cdef int status = FOUND
         while True:
-            current(self.log)
-            if self.clears != self.log.clears:      # what was copied is gone
+            if self.clears != log.clears:           # what was copied is gone
                 self.at = self.count
-                self.clears = self.log.clears
+                self.clears = log.clears
             if self.at >= self.count:
                 if self.last:
+                    log.check_open()
                     raise StopIteration
-                self.copy_shard()
+                status = self.copy_shard(log, status)
                 continue
             location = self.locations[self.at]
             read_begin()
-            status = self.read(location, &r, &found_key, &found_value, &t)
+            status = self.read(log, status, location, &r, &found_key, &found_value, &t)
             read_end()
             if status < 0 and status != CHANGED:
                 try:
-                    settle(self.log, status, &t)
+                    settle(log, status, &t)
                 except BaseException:
                     self.at += 1                # the next call goes on behind this record
                     raise
@@ -305,9 +291,9 @@ cdef class StoreIterator:
             if status == CHANGED:               # since its shard was copied: it is looked up again
                 key_bytes(key_object, &key)
                 if self.what == 0:
-                    if find(self.log, key, &location) == MISSING:
+                    if find(log, key, &location) == MISSING:
                         continue
-                elif fetch(self.log, key, &found_value, &location) == MISSING:
+                elif fetch(log, key, &found_value, &location) == MISSING:
                     continue
             if self.what == 0:
                 return key_object
@@ -316,56 +302,57 @@ cdef class StoreIterator:
             value = decoded(value, self.decode)
             return value if self.what == 1 else (key_object, value)
 
-    cdef int read(self, uint64_t location, record_view *r, PyObject **key, PyObject **value, Trouble *t) noexcept:
+    cdef int read(self, Log log, int settled, uint64_t location, record_view *r, PyObject **key, PyObject **value,
+                  Trouble *t) noexcept:
         """What of a record is asked for; where something was written since its location was copied, its key: CHANGED."""
-        cdef int status
+        cdef int status = glance(log, settled)
         cdef bint changed
-        if atomic_load(&self.log.attention):
-            return LOOK_CLOSER
-        t.indexes = self.indexes
-        if self.at + PREFETCH_AHEAD < self.count:
-            prefetch_record(self.log, self.locations[self.at + PREFETCH_AHEAD])
-        status = read_record(self.log, location, r, t)
         if status != FOUND:
             return status
-        changed = atomic_load(&current_index(self.log).page.seq) != self.seq
+        t.indexes = self.indexes
+        if self.at + PREFETCH_AHEAD < self.count:
+            prefetch_record(log, self.locations[self.at + PREFETCH_AHEAD])
+        status = read_record(log, location, r, t)
+        if status != FOUND:
+            return status
+        changed = atomic_load(&current_index(log).page.seq) != self.seq
         if (changed or self.what != 1) and copy_key(r, key) != FOUND:
             return NO_MEMORY
         if changed:
             return CHANGED
         if self.what != 0:
-            status = copy_value(self.log, r, value, t)
+            status = copy_value(log, r, value, t)
             if status != FOUND:
                 Py_XDECREF(key[0])
                 key[0] = NULL
         return status
 
-    cdef int copy_shard(self) except -1:
+    cdef int copy_shard(self, Log log, int settled) except? -1:
+        """FOUND: the next shard's locations are copied, in order.  Else the status that had to be settled first."""
         cdef Trouble t
         cdef int status
-        while True:
-            current(self.log)
-            read_begin()
-            status = LOOK_CLOSER if atomic_load(&self.log.attention) else self.copy_now(&t)
-            read_end()
-            if status == FOUND:
-                break
-            if status == NEED_PAGES:
-                free(self.locations)
-                self.room = 0
-                self.locations = <uint64_t *> malloc(2 * t.place * sizeof(uint64_t))
-                if self.locations == NULL:
-                    raise MemoryError()
-                self.room = t.place
-            elif status != CHANGED:
-                settle(self.log, status, &t)
-        sort_locations(self.locations, self.locations + self.room, self.count)
-        return 0
+        read_begin()
+        status = glance(log, settled)
+        if status == FOUND:
+            status = self.copy_now(log, &t)
+        read_end()
+        if status == FOUND:
+            sort_locations(self.locations, self.locations + self.room, self.count)
+        elif status == NEED_PAGES:
+            free(self.locations)
+            self.room = 0
+            self.locations = <uint64_t *> malloc(2 * t.place * sizeof(uint64_t))
+            if self.locations == NULL:
+                raise MemoryError()
+            self.room = t.place
+        else:
+            settle(log, status, &t)
+        return status
 
-    cdef int copy_now(self, Trouble *t) noexcept nogil:
+    cdef int copy_now(self, Log log, Trouble *t) noexcept nogil:
         """The locations in the shard at the cursor, which goes on; NEED_PAGES if there is no room for them."""
-        cdef uint64_t indexes = atomic_load(&self.log.indexes)
-        cdef Index *ix = current_index(self.log)
+        cdef uint64_t indexes = atomic_load(&log.indexes)
+        cdef Index *ix = current_index(log)
         cdef uint64_t word, entry, bucket, value, after, seq = atomic_load(&ix.page.seq)
         cdef uint64_t *slots
         cdef uint8_t *shard

@@ -42,6 +42,23 @@ cdef inline Index *current_index(Log log) noexcept nogil:
     return <Index *> atomic_load_pointer(<void **> &log.index)
 
 
+cdef inline int glance(Log log, int settled) noexcept nogil:
+    """First in every read: FOUND if the log is open and its index still the one to use.
+
+    `settled`: the status that was settled just before, or FOUND.  Who has asked about an OUTDATED index reads what there is:
+    while a writer clears the store the control page may be ahead.
+    """
+    cdef control_page *c
+    if atomic_load(&log.attention):
+        return LOOK_CLOSER
+    if not log.writable and settled != OUTDATED:
+        c = <control_page *> atomic_load_pointer(<void **> &log.control)
+        if c != NULL and (atomic_load(&c.index_nonce) != log.nonce or atomic_load(&c.epoch) != log.epoch or
+                          current_index(log).private and atomic_load(&c.last_version) != log.last_version):
+            return OUTDATED
+    return FOUND
+
+
 cdef inline int find_entry(Index *ix, uint64_t h, uint64_t *word, uint64_t *entry, Trouble *t) noexcept nogil:
     """The directory's entry for a hash, checked against what is mapped."""
     cdef unsigned depth
@@ -220,7 +237,7 @@ cdef inline bint shard_is_full(Probe *p) noexcept nogil:
 cdef inline void touch_shard(Log log, uint8_t *shard) noexcept nogil:
     """Before the first store into a shard: its checksum is not true any more."""
     if (<shard_header *> shard).intact:
-        (<shard_header *> shard).intact = 0
+        atomic_store_word(&(<shard_header *> shard).intact, 0)
 
 
 cdef inline uint64_t *claim_slot(Log log, Probe *p) noexcept nogil:
@@ -229,7 +246,7 @@ cdef inline uint64_t *claim_slot(Log log, Probe *p) noexcept nogil:
     if p.displaced:
         displaced_at(p.shard, p.cls, p.bucket)[0] |= <uint8_t> (1 << (p.slot - bucket_at(p.shard, p.bucket)))
     if p.slot[0] == SLOT_EMPTY:
-        (<shard_header *> p.shard).used += 1
+        relaxed_store(&(<shard_header *> p.shard).used, (<shard_header *> p.shard).used + 1)
     return p.slot
 
 
@@ -397,17 +414,18 @@ cdef uint32_t shard_crc(uint8_t *shard, unsigned cls) noexcept nogil:
 
 
 cdef bint check_shard(Log log, uint64_t page) except -1:
-    """At a shard's first use: compares its checksum, unless a writer has changed it since."""
+    """At a shard's first use: compares its checksum, unless a writer has changed it since.  No thread changes it meanwhile:
+    another process may."""
     cdef bint right = True
     cdef Index *ix
     log.check_open()
-    read_begin()
-    ix = current_index(log)
-    if not atomic_load(&log.attention) and ix.checked != NULL and page < ix.checked_pages:
+    write_lock(&log.mutex)
+    ix = log.index
+    if not atomic_load(&log.attention) and ix.checked != NULL and page < ix.checked_pages and not ix.checked[page]:
         right = shard_is_right(ix, page)
         if right:
             atomic_store_byte(&ix.checked[page], 1)
-    read_end()
+    write_unlock(&log.mutex)
     return right
 
 
@@ -417,7 +435,7 @@ cdef bint shard_is_right(Index *ix, uint64_t page) noexcept nogil:
     cdef unsigned cls = header.cls      # it may be what is damaged
     if atomic_load_word(&header.intact) and (cls >= SHARD_CLASSES or page + SHARD_PAGES[cls] > ix.pages or
                                              header.crc != shard_crc(shard, cls)):
-        atomic_fence()
+        acquire_fence()
         return not atomic_load_word(&header.intact)
     return True
 
@@ -441,7 +459,7 @@ def seal_index(Log log) -> None:
                     with gil:
                         raise_unwritable(t.status)
                 (<shard_header *> shard).crc = crc
-                (<shard_header *> shard).intact = 1
+                atomic_store_word(&(<shard_header *> shard).intact, 1)
     log.check_change()
     log.index.header.clean_directory = word
     log.index.header.crc = index_crc(log.index.base)
@@ -509,8 +527,8 @@ def index_facts(Log log) -> dict:
                 status = CHANGED
             if status == FOUND or status == UNCHECKED:      # a number that is wrong harms nobody
                 slots += SHARD_BUCKETS[ENTRY_CLASS(entry)] * BUCKET_SLOTS
-                used += (<shard_header *> (ix.base + ENTRY_PAGE(entry) * PAGE_BYTES)).used
-                pages, private = ix.pages, ix.private
+                used += relaxed_load(&(<shard_header *> (ix.base + ENTRY_PAGE(entry) * PAGE_BYTES)).used)
+                pages, private = atomic_load(&ix.pages), ix.private
         read_end()
         if status == FOUND or status == UNCHECKED:
             depth = ENTRY_DEPTH(entry)

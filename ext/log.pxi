@@ -41,39 +41,40 @@ cdef class Log:
 
     Any thread may read at any time, between `read_begin` and `read_end`; what is mapped goes only after `await_reads`.
     Who changes something holds the mutex, and calls nothing of Python's under it.  Where there is a GIL it is both.
+    What maps or unmaps is called under the owner's lock.
 
     `owner` is asked for what needs a path: `_map_location(location, known) -> bool`, `_index_changed()`,
     `_index_grew(known) -> bool`, `_index_pages(pages)`, `_index_damaged(why)`, `_make_room(bytes)`, `_sync_to(version)`,
     `_flush_later()`, `_await_turn()`, `_place_of(location)`.
     """
     cdef:
-        readonly object owner
-        readonly bint writable
+        object owner                # None: closed
+        readonly shared_flag writable
         readonly uint64_t identity
         uint64_t seed[2]
         Mapped **chunks             # where a location leads; NULL: not mapped
         control_page *control       # NULL: there is none
         Index *index                # NULL: none yet
         write_mutex mutex
-        readonly uint64_t nonce     # what control said when the index was taken: its nonce,
-        uint64_t epoch              # the store's epoch,
-        uint64_t last_version       # and the last version published
+        readonly shared_word nonce  # what control said when the index was taken: its nonce,
+        shared_word epoch           # the store's epoch,
+        shared_word last_version    # and the last version published
         Active active
         uint64_t seq, version, keys, live_bytes, log_bytes
         dict mappings               # address: length, to be unmapped at the end
-        readonly uint64_t clears    # how often all segments were let go
+        readonly shared_word clears # how often all segments were let go
         set segments                # first chunks of those mapped
-        readonly str poisoned       # why every write is refused since a sync failed, or None
-        bint refusing               # writes: poisoned, paused, closing, closed, or only reading
-        bint closing
-        readonly bint building      # the index is being filled: reads wait for the owner
+        str poison                  # why every write is refused since a sync failed, or None
+        shared_flag refusing        # writes: poisoned, paused, closing, closed, or only reading
+        shared_flag closing
+        readonly shared_flag building   # the index is being filled: reads wait for the owner
         uint64_t attention          # closed or building: reads look closer
         readonly bint eager         # every write waits for owner._sync_to(version)
         uint64_t indexes            # how many there have been
-        uint64_t most_moved         # slots, by the growth of a shard
+        shared_word most_moved      # slots, by the growth of a shard
         uint64_t unsynced_since     # version of the first write after the last sync, 0: none
         uint64_t patience           # ns after which a write waits for the flush, 0: never
-        readonly bint closed
+        readonly shared_flag closed
         bint copies                 # the file system copies on write: space.pxi
         bint tight                  # little room was left there
         uint64_t looked             # when that was
@@ -98,7 +99,8 @@ cdef class Log:
         cdef Mapped **chunks
         cdef Index *index
         write_lock(&self.mutex)
-        self.closed = self.refusing = True
+        self.closed = True
+        self.refusing = True
         self.writable = False
         chunks, index = self.chunks, self.index
         atomic_store(&self.attention, True)
@@ -121,7 +123,18 @@ cdef class Log:
     def close(self) -> None:
         """Unmaps everything.  Nothing may use this log afterwards; its handles look at `closed` first."""
         self.release()
-        self.owner = None
+        write_lock(&self.mutex)
+        owner, self.owner = self.owner, None    # it goes, if nobody else has it, when the mutex is free again
+        write_unlock(&self.mutex)
+
+    cdef object asked(self):
+        """The owner, for a question; raises ClosedError if there is none any more."""
+        write_lock(&self.mutex)
+        owner = self.owner
+        write_unlock(&self.mutex)
+        if owner is None:
+            raise ClosedError("the store is closed")
+        return owner
 
     def become_reader(self) -> None:
         """From here on nothing is written: in the child of a fork, where no other thread lives."""
@@ -131,17 +144,27 @@ cdef class Log:
 
     def stop_writes(self, str poisoned=None) -> None:
         """Refuses every later write: because a sync failed, `poisoned` says how, or because the store is closing.
-        None is under way when this returns."""
+        None is under way when this returns.  The first failure is the one that is told."""
+        write_lock(&self.mutex)
         if poisoned is None:
             self.closing = True
-        else:
-            self.poisoned = poisoned
+        elif self.poison is None:
+            self.poison = poisoned
+        write_unlock(&self.mutex)
         self.pause(True)
+
+    @property
+    def poisoned(self) -> str | None:
+        """Why every write is refused since a sync failed."""
+        write_lock(&self.mutex)
+        poison = self.poison
+        write_unlock(&self.mutex)
+        return poison
 
     def pause(self, bint paused) -> None:
         """While paused, writes call owner._await_turn() and try again.  None is under way when this returns."""
         write_lock(&self.mutex)
-        self.refusing = paused or self.closing or self.poisoned is not None or not self.writable
+        self.refusing = paused or self.closing or self.poison is not None or not self.writable
         write_unlock(&self.mutex)
 
     def build(self, bint building) -> None:
@@ -279,7 +302,7 @@ cdef class Log:
     def mapped(self, uint64_t chunk) -> int:
         """Bytes that are readable of the segment at this chunk."""
         self.check_open()
-        return 0 if self.chunks[chunk] == NULL else self.chunks[chunk].limit
+        return 0 if self.chunks[chunk] == NULL else atomic_load(&self.chunks[chunk].limit)
 
     @property
     def index_is_private(self) -> bool:
@@ -291,7 +314,7 @@ cdef class Log:
     def map_control(self, int fd) -> None:
         """Maps the control page (4,096 bytes)."""
         cdef uint64_t mapped
-        self.control = <control_page *> self.map_file(fd, PAGE_BYTES, PAGE_BYTES, &mapped)
+        atomic_store_pointer(<void **> &self.control, self.map_file(fd, PAGE_BYTES, PAGE_BYTES, &mapped))
 
     def watch_space(self, int fd, uint64_t little) -> None:
         """The file system, on which this file stays open, copies on write: what is stored into is made writable before, by
@@ -402,19 +425,6 @@ cdef class Log:
         self.seq = read_state(self.index, &s)
         self.version, self.keys, self.live_bytes, self.log_bytes = s.version, s.keys, s.live_bytes, s.log_bytes
 
-    cdef int current_state(self, index_state *s) except -1:
-        cdef bint free
-        self.check_open()
-        read_begin()
-        free = not atomic_load(&self.attention)
-        if free:
-            read_state(current_index(self), s)
-        read_end()
-        if not free:                    # closed by another thread, or being built by this one
-            self.check_open()
-            read_state(self.index, s)
-        return 0
-
     def restore_state(self) -> tuple:
         """Takes the state from the index: (file number, end, last version) of the log that it belongs to."""
         self.check_open()
@@ -435,16 +445,30 @@ cdef class Log:
 
     @property
     def state(self) -> dict:
-        """Counts as of now: keys, aligned bytes of live and of all records, last version."""
+        """Counts as of now: keys, aligned bytes of live and of all records, last version; `begun`: the next write may be in
+        the index already.  Also while the index is being built."""
         cdef index_state s
-        self.current_state(&s)
-        return {"keys": s.keys, "live_bytes": s.live_bytes, "log_bytes": s.log_bytes, "version": s.version}
+        cdef Index *ix
+        cdef bint there, begun = False
+        read_begin()
+        there = not self.closed
+        if there:
+            ix = current_index(self)
+            read_state(ix, &s)
+            begun = atomic_load(&ix.page.state[(s.seq + 1) & 1].seq) == s.seq + 1
+        read_end()
+        if not there:
+            self.check_open()
+        return {"keys": s.keys, "live_bytes": s.live_bytes, "log_bytes": s.log_bytes, "version": s.version, "begun": begun}
 
     @property
     def position(self) -> tuple:
         """(file number, end) of the log, in a writer."""
         self.check_open()
-        return self.active.number, self.active.end
+        write_lock(&self.mutex)
+        cdef uint64_t number = self.active.number, end = self.active.end
+        write_unlock(&self.mutex)
+        return number, end
 
     @property
     def capacity(self) -> int:
@@ -479,8 +503,8 @@ cdef uint64_t read_state(Index *index, index_state *out) noexcept nogil:
     cdef uint64_t seq
     while True:
         seq = atomic_load(&index.page.seq)
-        out[0] = index.page.state[seq & 1]
-        atomic_fence()
+        relaxed_copy(<uint64_t *> out, <uint64_t *> &index.page.state[seq & 1], sizeof(index_state) // 8)
+        acquire_fence()
         if atomic_load(&index.page.seq) == seq:
             return seq
 
@@ -519,13 +543,14 @@ cdef inline void commit(Log log, uint64_t number, uint64_t end, uint64_t version
     """
     cdef index_state *s = &log.index.page.state[(log.seq + 1) & 1]
     log.version = version
-    s.number = number
-    s.end = end
-    s.version = version
-    s.keys = log.keys
-    s.live_bytes = log.live_bytes
-    s.log_bytes = log.log_bytes
-    s.previous = previous
+    release_fence()         # who sees something of this block sees that the other one has become current (`read_state`)
+    relaxed_store(&s.number, number)
+    relaxed_store(&s.end, end)
+    relaxed_store(&s.version, version)
+    relaxed_store(&s.keys, log.keys)
+    relaxed_store(&s.live_bytes, log.live_bytes)
+    relaxed_store(&s.log_bytes, log.log_bytes)
+    relaxed_store(&s.previous, previous)
     atomic_store(&s.seq, log.seq + 1)
     if slot != NULL:
         atomic_store(slot, value)
@@ -543,7 +568,7 @@ def forget_threads() -> None:
 cdef int settle(Log log, int status, Trouble *t) except -1:
     """Does what a negative status asks for, so that the caller can try again; raises what it cannot mend."""
     try:
-        ask_owner(log, log.owner, status, t)
+        ask_owner(log, log.asked(), status, t)
         return 0
     except OSError:
         if log.closed:          # by another thread, meanwhile
@@ -558,7 +583,12 @@ cdef int ask_owner(Log log, owner, int status, Trouble *t) except -1:
     elif status == DAMAGED:
         raise_damage(log, t)
     elif status == LOOK_CLOSER:
-        look_closer(log)
+        while atomic_load(&log.attention):
+            log.check_open()
+            owner._await_turn()
+    elif status == OUTDATED:
+        owner._index_changed()
+        log.check_open()
     elif status == REFUSED:
         check_writable(log)
     elif status == NEED_LOG_ROOM:
@@ -570,7 +600,7 @@ cdef int ask_owner(Log log, owner, int status, Trouble *t) except -1:
             owner._index_damaged(f"the shard at page {t.place} fails its checksum")
     elif status == INDEX_GREW:
         if not owner._index_grew(t.known):
-            owner._index_damaged(f"the directory names page {t.place} of {index_bytes(log) // PAGE_BYTES}")
+            owner._index_damaged(f"the directory names page {t.place} of {t.known}")
     elif status == NEED_PAGES:
         owner._index_pages(t.place)
     elif status == NO_MEMORY:
@@ -587,7 +617,7 @@ cdef int raise_unwritable(int problem) except -1:
 
 
 cdef int raise_damage(Log log, Trouble *t) except -1:
-    path, number, offset = log.owner._place_of(t.place)
+    path, number, offset = log.asked()._place_of(t.place)
     reason = SCAN_REASONS.get(t.status, "unreadable")
     if t.status in (RECORD_BAD_CRC, RECORD_BAD_VALUE):
         expected, found = f"crc32c {t.expected:08x}", f"{t.found:08x}"

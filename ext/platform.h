@@ -18,9 +18,24 @@
 
 #define atomic_load(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
 #define atomic_store(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
-#define atomic_fence() __atomic_thread_fence(__ATOMIC_ACQUIRE)
+#define relaxed_load(p) __atomic_load_n((p), __ATOMIC_RELAXED)
+#define relaxed_store(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
+#define acquire_fence() __atomic_thread_fence(__ATOMIC_ACQUIRE)
+#define release_fence() __atomic_thread_fence(__ATOMIC_RELEASE)
 #define lowest_bit(mask) ((unsigned)__builtin_ctz(mask))
 #define prefetch(p) __builtin_prefetch((const void *)(p))
+
+/* What threads of this process read while another one changes it. */
+typedef _Atomic(int) shared_flag;
+typedef _Atomic(uint64_t) shared_word;
+
+/* Of memory that others may be reading: each word is right, and which of them are of one moment is not said. */
+static inline void relaxed_copy(uint64_t *to, const uint64_t *from, uint64_t words) {
+    for (uint64_t i = 0; i < words; i++) relaxed_store(to + i, relaxed_load(from + i));
+}
+static inline void relaxed_clear(uint64_t *at, uint64_t words) {
+    for (uint64_t i = 0; i < words; i++) relaxed_store(at + i, 0);
+}
 
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22

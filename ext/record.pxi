@@ -21,6 +21,7 @@ cdef enum Status:           # negative: not settled by memory alone, `settle` kn
     CANNOT_WRITE = -12      # the system cannot make pages present, or has no room for a store into them
     CHANGED = -13           # by another thread, since it was looked at
     TIGHT = -14             # there is room in the log's file, but pages must be made writable first
+    OUTDATED = -15          # the control page tells of another index or epoch
 
 
 cdef struct Trouble:        # what a negative status is about

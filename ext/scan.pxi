@@ -28,7 +28,7 @@ cdef int begin_scan(Log log, Scan *s, uint64_t chunk, uint64_t start, uint64_t s
     s.origin = entry.origin
     s.salt = entry.salt
     s.offset = start
-    s.stop = min(stop, entry.limit)
+    s.stop = min(stop, atomic_load(&entry.limit))
     s.version = version
     s.populated = start
     s.step = SCAN_FIRST

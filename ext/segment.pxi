@@ -57,13 +57,14 @@ cdef int populate_ahead(Log log, uint64_t need) noexcept nogil:
 cdef int check_writable(Log log) except -1:
     """Waits until writes are taken; raises if they will not be."""
     while log.refusing:
-        if log.poisoned is not None:
-            raise Error(log.poisoned)
+        poisoned = log.poisoned
+        if poisoned is not None:
+            raise Error(poisoned)
         if log.closing or log.closed:
             raise ClosedError("the store is closed")
         if not log.writable:
             raise ReadOnlyError("the store is open for reading only")
-        log.owner._await_turn()
+        log.asked()._await_turn()
     return 0
 
 
@@ -201,7 +202,7 @@ cdef inline void apply_delete(Log log, Probe *p, uint64_t number, uint64_t end, 
     touch_shard(log, p.shard)
     commit(log, number, end, version, p.slot, value, p.slot[0])
     if value == SLOT_EMPTY:
-        (<shard_header *> p.shard).used -= 1
+        relaxed_store(&(<shard_header *> p.shard).used, (<shard_header *> p.shard).used - 1)
 
 
 cdef uint64_t delete(Log log, Bytes key, uint64_t seen) except? 0:
@@ -259,7 +260,7 @@ cdef inline int delete_now(Log log, Bytes key, uint64_t h, uint64_t need, uint64
 cdef int after_write(Log log, uint64_t version) except -1:
     """With `sync="always"`, and where a flush is due, the write waits for the device."""
     if log.eager:
-        log.owner._sync_to(version)
+        log.asked()._sync_to(version)
         return 0
     write_lock(&log.mutex)
     cdef uint64_t since = log.unsynced_since
@@ -267,9 +268,9 @@ cdef int after_write(Log log, uint64_t version) except -1:
         log.unsynced_since = version
     write_unlock(&log.mutex)
     if since == 0:
-        log.owner._flush_later()
+        log.asked()._flush_later()
     elif version > since and version - since > log.patience:
-        log.owner._sync_to(version)
+        log.asked()._sync_to(version)
     return 0
 
 

@@ -22,7 +22,10 @@ static _Thread_local thread_slot *my_slot;
 static pthread_key_t thread_end;
 static pthread_once_t thread_once = PTHREAD_ONCE_INIT;
 
-static void thread_slot_leave(void *slot) { __atomic_store_n(&((thread_slot *)slot)->taken, 0, __ATOMIC_RELEASE); }
+static void thread_slot_leave(void *slot) {
+    my_slot = NULL;
+    __atomic_store_n(&((thread_slot *)slot)->taken, 0, __ATOMIC_RELEASE);
+}
 static void threads_setup(void) { pthread_key_create(&thread_end, thread_slot_leave); }
 
 static thread_slot *thread_slot_take(void) {
@@ -46,7 +49,7 @@ static thread_slot *thread_slot_take(void) {
 /* Between these two nothing is called that could wait for another thread, and no Python code runs. */
 static inline void read_begin(void) {
     thread_slot *slot = my_slot ? my_slot : thread_slot_take();
-    __atomic_store_n(&slot->epoch, __atomic_load_n(&thread_epoch, __ATOMIC_RELAXED), __ATOMIC_SEQ_CST);
+    __atomic_store_n(&slot->epoch, __atomic_load_n(&thread_epoch, __ATOMIC_RELAXED), __ATOMIC_RELEASE);
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
 static inline void read_end(void) { __atomic_store_n(&my_slot->epoch, 0, __ATOMIC_RELEASE); }

@@ -39,10 +39,12 @@ def survey_index(Log log, bint searching) -> tuple:
     cdef Bytes key
     cdef uint64_t location
     cdef list lost = []
-    cdef int status
+    cdef int status = FOUND
     try:
         while not shards.last:
-            shards.copy_shard()
+            status = shards.copy_shard(log, status)
+            if status != FOUND:
+                continue
             if n + shards.count > room:
                 room = 2 * room + shards.count
                 grown = <uint64_t *> realloc(found, 2 * room * sizeof(uint64_t))

@@ -38,10 +38,8 @@ def forget_threads() -> None: ...
 
 @final
 class Log:
-    owner: Any
     writable: bool
     identity: int
-    poisoned: str | None
     eager: bool
     closed: bool
     nonce: int
@@ -84,6 +82,8 @@ class Log:
     def allocated(self) -> int: ...
     @property
     def reserved_end(self) -> int: ...
+    @property
+    def poisoned(self) -> str | None: ...
     @property
     def index_is_private(self) -> bool: ...
     def set_sync(self, eager: bool, patience: int) -> None: ...

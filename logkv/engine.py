@@ -300,6 +300,7 @@ class Engine:
     def refresh(self) -> None:
         """Looks at the store anew."""
         with self._lock:
+            self._check_not_closed()
             if not self.writable:
                 if self._control_fd < 0:
                     self._map_control()
@@ -309,9 +310,13 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """What is known of the store now."""
         with self._lock:                # nobody closes or empties it meanwhile
-            if self.log.closed:
-                raise ClosedError("the store is closed")
+            self._check_not_closed()
             return self._facts()
+
+    def _check_not_closed(self) -> None:
+        """Under the lock: what is open stays open."""
+        if self.log.closed:
+            raise ClosedError("the store is closed")
 
     def _facts(self) -> dict[str, Any]:
         if not self.writable:

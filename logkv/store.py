@@ -224,14 +224,16 @@ class _Handle(_core.ReadHandle[V]):
         return self._open_engine().codec
 
     def _open_engine(self) -> Engine:
-        if self._engine is None or self.closed:
+        engine = self._engine           # once: another thread may be closing the handle
+        if engine is None or self.closed:
             raise ClosedError(f"the store {self._path} is closed")
-        return self._engine
+        return engine
 
     def close(self) -> None:
         """Closes this handle; again is fine.  The last one that writes makes everything durable and lets the writer's
         lock go.  Raises Error if that fails; the handle is closed then too."""
-        engine, self._engine, self._popping = self._engine, None, None
+        engine = vars(self).pop("_engine", None)        # by one thread alone
+        self._popping = None
         if engine is not None:
             self._detach()
             _release(engine)
@@ -246,7 +248,7 @@ class _Handle(_core.ReadHandle[V]):
 
     def __del__(self) -> None:
         engine = self._engine
-        if engine is not None:
+        if engine is not None and _release is not None:     # else this module has gone first: the interpreter ends
             try:
                 if engine.writable and engine.log.writable:
                     warnings.warn(f"{self!r} was not closed", ResourceWarning, source=self, stacklevel=2)

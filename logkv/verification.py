@@ -284,7 +284,7 @@ class _Verification:
             if engine.log.index_is_private or engine.log.nonce != nonce:
                 self._say_why_not(engine)
                 return
-            if state["version"] == version:
+            if state["version"] == version and not (state["begun"] and files.has_writer(self.directory)):
                 if version != self.scanned:
                     self.report.notes.append("the store was written to meanwhile: its records are those of the beginning, "
                                              "its keys those of the end")

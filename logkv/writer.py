@@ -167,11 +167,11 @@ class Writing(Opening):
                 fd, following_fd = self._fd_of(segment), self._fd_of(following)
                 self.map_segment(segment)
                 self.map_segment(following)
-            end = segment.end
-            if end is None:
-                link = _core.read_link(self.log, following.chunk)
-                assert link is not None and link[0] == segment.number
-                end = link[1]
+                end = segment.end
+                if end is None:
+                    link = _core.read_link(self.log, following.chunk)
+                    assert link is not None and link[0] == segment.number
+                    end = link[1]
             with self._holding(self._sync_lock):
                 self._sync_fd(fd)
                 self._sync_fd(following_fd)     # a segment behind a sealed one begins with its link, whatever happens

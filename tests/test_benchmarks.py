@@ -229,8 +229,8 @@ def test_sharing_measures_readers_and_both_kinds(tmp_path: Path) -> None:
 def test_private_memory_is_what_a_process_does_not_share(tmp_path: Path) -> None:
     """A reader that has no index to trust builds its own, and that is seen."""
     path = tmp_path / "store"
-    sharing.fill(path, 100_000, seed=1)
-    keys = sharing.sample(100_000, 1, 100)
+    sharing.fill(path, 400_000, seed=1)
+    keys = sharing.sample(400_000, 1, 100)
     shared = sharing.memory(path, keys, seed=1).beyond
     size = (path / "index").stat().st_size
     (path / "index").unlink()

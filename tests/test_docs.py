@@ -89,6 +89,7 @@ def test_a_page_from_top_to_bottom(page: Path, tmp_path: Path) -> None:
 
 
 def test_types_of_programs(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
     for page in WITH_PROGRAMS:
         for number, text in enumerate(programs(page)):
             (tmp_path / f"{re.sub('[^a-z]', '_', name_of(page).lower())}_{number}.py").write_text(text)

@@ -501,11 +501,16 @@ atexit.register(lambda: db.get("5"))        # runs before logkv's own
 }
 
 
+def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A program in an interpreter of its own, without the warning that Python gives where a process with threads forks."""
+    return subprocess.run([sys.executable, "-X", "faulthandler", "-W", "ignore:This process:DeprecationWarning", "-c", code,
+                           *arguments], capture_output=True, text=True, timeout=LIMIT)
+
+
 @pytest.mark.parametrize("end", ENDS)
 def test_an_interpreter_ends_with_open_stores(path: str, end: str) -> None:
     """They are closed: the next opening finds the index clean."""
-    result = subprocess.run([sys.executable, "-X", "faulthandler", "-c", OPENED + ENDS[end], path], capture_output=True,
-                            text=True, timeout=LIMIT)
+    result = run(OPENED + ENDS[end], path)
     assert result.returncode == 0, result.stderr
     assert not result.stderr
     with logkv.open(path) as db:
@@ -527,29 +532,38 @@ db["after"] = "1"
 assert reader["after"] == b"1"
 os._exit(0)
 """
-    result = subprocess.run([sys.executable, "-X", "faulthandler", "-c", code, path], capture_output=True, text=True,
-                            timeout=LIMIT)
+    result = run(code, path)
     assert result.returncode == 0 and not result.stderr, result.stderr
     with logkv.open(path) as db:                # nobody closed it, and nobody marked it closed
         assert db.stats()["recovery"]["index"] == "trusted"
         assert len(db) == 1001 and db["after"] == b"1"
 
 
-def test_a_second_interpreter_is_refused(path: str) -> None:
-    """Subinterpreters do not share a process's stores: the import says so, and the first interpreter goes on."""
+@pytest.mark.parametrize("first", ["main", "sub"])
+@pytest.mark.parametrize("isolated", [True, False], ids=["isolated", "sharing the GIL"])
+def test_a_subinterpreter_is_refused(path: str, first: str, isolated: bool) -> None:
+    """Subinterpreters do not share a process's stores: the import says so, and the main interpreter has them, also if it
+    comes later."""
     code = """
-import logkv, sys
+import sys
 try: import _interpreters as interpreters
 except ImportError: import _xxsubinterpreters as interpreters
-with logkv.open(sys.argv[1]) as db:
-    db["a"] = "1"
-    other = interpreters.create()
-    code = "import sys\\nsys.path[:] = %r\\ntry: import logkv\\nexcept ImportError: pass\\nelse: raise SystemError"
-    failed = interpreters.run_string(other, code % sys.path)
+other_code = f"import sys; sys.path[:] = {sys.path}\\n" \\
+    "try: import logkv\\nexcept ImportError as problem: assert 'subinterpreter' in str(problem)\\nelse: raise SystemError"
+first, isolated = sys.argv[2], sys.argv[3] == "True"
+def refused():
+    other = interpreters.create(isolated=isolated) if sys.version_info < (3, 13) else \\
+        interpreters.create("isolated" if isolated else "legacy")
+    failed = interpreters.run_string(other, other_code)
     assert failed is None, failed
     interpreters.destroy(other)
+if first == "sub": refused()
+import logkv
+with logkv.open(sys.argv[1]) as db:
+    db["a"] = "1"
+    refused()
     db["b"] = db["a"]
     assert len(db) == 2
 """
-    result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=LIMIT)
+    result = run(code, path, first, str(isolated))
     assert result.returncode == 0, result.stderr

@@ -232,6 +232,27 @@ def test_threads_that_learn_at_once_that_the_store_has_grown(path: str, question
         assert not reader.stats()["index"]["private"]       # nobody took it for damaged either
 
 
+def test_threads_share_an_iterator(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each key comes to one of them, also where all learn at once that the index has grown before they can go on."""
+    met = threading.Barrier(THREADS)
+    real = Engine._index_grew
+
+    def together(self: Engine, known: int) -> bool:
+        if self is reader._engine:
+            with suppress(threading.BrokenBarrierError):
+                met.wait(2)
+        return real(self, known)
+
+    with logkv.open(path, segment_size=SEGMENT) as db, logkv.Reader(path) as reader:
+        for number in range(4000):
+            db[f"{number}"] = ""
+        monkeypatch.setattr(Engine, "_index_grew", together)
+        iterator = iter(reader)
+        got: list[list[bytes]] = [[] for _ in range(THREADS)]
+        race(*[lambda stop, mine=mine: mine.extend(iterator) for mine in got])   # type: ignore[misc]
+        assert sorted(key for mine in got for key in mine) == sorted(db)
+
+
 class Board(SharedNumbers):
     """What the writing process says: rounds begun by a clear, keys of this round that are there."""
 
