@@ -50,8 +50,8 @@ assert FOOTER_ENTRY.size == 8 + 4 + 4 == 16
 MANIFEST_LINE = "LogKV MANIFEST 0 %08x %d\n"
 FIELDS = ["identity", "seed", "hash", "features", "options", "generation", "epoch", "next_number", "next_chunk"]
 FIELDS += ["last_version", "cuts", "cut_bytes", "segments"]
-TOTALS = "sealed end records first_version last_version".split()
-SEGMENT_FIELDS = ["number", "chunk", "capacity", "salt", *TOTALS]
+TOTALS = "sealed end records first_version last_version tombstones".split()
+SEGMENT_FIELDS = ["number", "chunk", "capacity", "salt", *TOTALS, "merged", "replaced_by"]
 CHUNK, STEP_MIN, STEP_MAX, PAGE = 16 << 20, 32 << 10, 16 << 20, 4096
 FLOCK = struct.Struct("@hhqqi4x")  # type, whence, start, length, pid
 
@@ -167,8 +167,11 @@ class Segment:
 
     def totals(self) -> Manifest:
         """What the MANIFEST says of the segment once it is sealed, besides what it always says."""
-        totals = (True, self.end, self.records, self.first_version, self.last_version)
-        return dict(zip(TOTALS, totals, strict=True))
+        versions = self.first_version, self.last_version
+        if self.entry["merged"] and self.entry["first_version"] <= versions[0] and versions[1] <= self.entry["last_version"]:
+            versions = self.entry["first_version"], self.entry["last_version"]  # of all that were merged
+        deleted = sum(size & (1 << 30) - 1 for _, size in self.newest.values() if size >> 30 == DELETE)
+        return dict(zip(TOTALS, (True, self.end, self.records, *versions, 8 * deleted), strict=True))
 
     def encode(self, version: int, kind: int, key: bytes, value: bytes) -> bytes:
         """The bytes of a record at the end of this segment."""
@@ -206,15 +209,16 @@ class Segment:
         record = self.decode(self.end, min(self.entry["end"] or self.entry["capacity"], self.size))
         if record is None or record.kind == FOOTER:
             return None
-        if before and not self.records and (record.kind, record.value[:16]) != (CONTINUES, before.tail()[:16]):
+        follows = before and not before.entry["sealed"] and not self.records
+        if follows and (record.kind, record.value[:16]) != (CONTINUES, before.tail()[:16]):
             return None  # what it continues is not what was found
         rises = record.version > version - (record.kind == CONTINUES)
         return record if rises or self.entry["sealed"] else None
 
     def add(self, record: Record) -> None:
         """Count a record that lies where the segment ended so far."""
-        self.first_version = self.first_version or record.version
-        self.last_version = record.version
+        self.first_version = min(self.first_version or record.version, record.version)
+        self.last_version = max(self.last_version, record.version)
         self.records += 1
         self.end = record.end
         if record.kind in (PUT, DELETE):
@@ -269,7 +273,8 @@ class Segment:
 
 def open_log(path: Path, manifest: Manifest, flags: int, files: ExitStack) -> list[Segment]:
     """The segments that the MANIFEST lists, their headers checked, their records not yet read; `files` closes them."""
-    log = [files.enter_context(closing(Segment(path, entry, flags))) for entry in manifest["segments"]]
+    entries = [entry for entry in manifest["segments"] if not entry["replaced_by"]]
+    log = [files.enter_context(closing(Segment(path, entry, flags))) for entry in entries]
     for segment in log:
         found = segment.map[: HEADER.size].ljust(HEADER.size, b"\0")
         features = FEATURES.unpack_from(found, FEATURES_AT)
@@ -490,7 +495,8 @@ class BaselineStore(MutableMapping[bytes, bytes]):
         """Begin a segment that has room for a record of `size`; it is on the device, but not in the MANIFEST."""
         manifest = self._manifest
         capacity = max(self._segment_size, HEADER.size + CONTINUES_SIZE + size)
-        entry = dict.fromkeys(SEGMENT_FIELDS, 0) | {"sealed": False, "end": None, "salt": secrets.randbits(32)}
+        entry = dict.fromkeys(SEGMENT_FIELDS, 0) | {"sealed": False, "merged": False, "end": None}
+        entry["salt"] = secrets.randbits(32)
         entry |= {"number": manifest["next_number"], "chunk": manifest["next_chunk"], "capacity": capacity}
         manifest["next_number"] += 1
         manifest["next_chunk"] += -(-capacity // CHUNK)

@@ -39,9 +39,11 @@ include "log.pxi"       # Log: what one process has mapped of a store, and its s
 include "index.pxi"     # find, insert, remove; an index as a whole
 include "space.pxi"     # pages that take a store although the disk may be full
 include "grow.pxi"      # a full shard gets more room
+include "account.pxi"   # what of each segment is alive
 include "segment.pxi"   # append: put, delete, marks
 include "scan.pxi"      # recovery: replay records and footers
 include "order.pxi"     # entries in key order: footers
+include "compact.pxi"   # what is alive of old segments goes into a new one
 include "handle.pxi"    # what users hold: mapping methods and iterators
 include "verify.pxi"    # reads everything, believes nothing
 

@@ -260,7 +260,7 @@ _Static_assert(sizeof(footer_entry) == 16, "footer entry");
 #define FOOTER_SIZE_BITS 30
 _Static_assert((((uint64_t)1 << 32) + KEY_MAX + 64) >> 3 < (uint64_t)1 << FOOTER_SIZE_BITS, "footer entry's size");
 
-/* ---- index: header page, then extents of whole pages: directories and shards ----------------------------
+/* ---- index: header page, then extents of whole pages: rows, directories, shards ----------------------------
    A slot is 24 tag bits (the top of the hash) and a location.  A bucket is a cache line of eight.  A shard is
    a header line, buckets, and a byte a bucket that says which of its entries belong to another bucket.
    The directory maps the top bits of a hash to a shard; it is copied, changed, and published by one store
@@ -281,7 +281,7 @@ enum {
 typedef struct {
     char     magic[8];
     uint32_t format;
-    uint32_t crc;                  /* of page 0 (this field and `directory` zero) and directory; valid in a clean index */
+    uint32_t crc;                  /* of page 0 (this field and `directory` zero), rows and directory; valid in a clean index */
     uint64_t identity;
     uint64_t epoch;                /* the MANIFEST's: how often the store was cleared */
     uint64_t nonce;                /* this file's name in the control page */
@@ -296,18 +296,44 @@ typedef struct {                   /* what is derived, as of one end of the log 
     uint64_t number, end;          /* of the log: file number and offset */
     uint64_t version;              /* last given out */
     uint64_t keys;
-    uint64_t live_bytes, log_bytes;/* of records, aligned */
+    uint64_t live;                 /* live word of the segment `number` */
     uint64_t previous;             /* the slot that the last record replaced, 0: none */
+    uint64_t previous_live;        /* live word of that one's segment */
 } index_state;
 _Static_assert(sizeof(index_state) == 64, "index state");
 
+/* live word: how many of a segment's records the index points to, and an eighth of their aligned bytes */
+static inline uint64_t live_more(uint64_t live, uint64_t size) { return live + ((uint64_t)1 << 32 | size >> 3); }
+
+static inline uint64_t live_less(uint64_t live, uint64_t size) {    /* a damaged record's size may be anything */
+    uint64_t records = live >> 32, units = live & UINT32_MAX;
+    return (records - (records > 0)) << 32 | (units > size >> 3 ? units - (size >> 3) : 0);
+}
+
+typedef struct {                   /* what of a segment is alive */
+    uint64_t chunk;                /* the segment's first chunk plus 1; 0: nobody's */
+    uint64_t live;                 /* a live word */
+} segment_row;
+enum { ROWS_A_PAGE = PAGE_BYTES / sizeof(segment_row) };
+#define ROWS_PAGE(w) ((w) >> 32)
+#define ROWS_PAGES(w) ((w) & UINT32_MAX)
+#define ROWS_WORD(page, pages) ((uint64_t)(page) << 32 | (pages))
+
+typedef struct {                   /* a slot that compaction is about to change from one copy of a record to the other */
+    uint64_t location;             /* of the new one; 0: none.  Written last, and zero again when all is done */
+    uint64_t chunk;                /* first one of the segment that the old copy is in */
+    uint64_t live, previous_live;  /* the live words of the two segments afterwards */
+} swing_note;
+
 typedef struct {                   /* page 0: the header, and on lines of its own, for a put writes it, the state */
     index_header header;           /*   0 */
-    uint8_t  zero1[192];
+    uint64_t rows;                 /*  64  where the segments' rows are: page 32 bits | pages 32 bits */
+    uint8_t  zero1[184];
     uint64_t seq;                  /* 256  selects the state block */
     uint8_t  zero2[56];
     index_state state[2];          /* 320 */
-    uint8_t  zero3[PAGE_BYTES - 448];
+    swing_note swing;              /* 448 */
+    uint8_t  zero3[PAGE_BYTES - 480];
 } index_page;
 _Static_assert(offsetof(index_page, seq) == 256, "index page");
 _Static_assert(offsetof(index_page, state) == 320, "index page");
@@ -401,7 +427,8 @@ typedef struct {
     uint8_t  zero1[56];            /* 136 */
     uint64_t index_nonce;          /* 192  the index to use, 0: none.  Every get reads this line. */
     uint64_t epoch;                /* 200  of the MANIFEST in force, or of the coming one that clears the store */
-    uint8_t  zero2[48];
+    uint64_t merges;               /* 208  rises when segments have gone: whoever maps them lets go */
+    uint8_t  zero2[40];
     uint64_t last_version;         /* 256  published */
     uint64_t reserved_end;         /* 264  bytes up to here may hold an unfinished record */
     uint64_t durable_number;       /* 272  on the device up to here */

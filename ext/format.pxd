@@ -67,11 +67,22 @@ cdef extern from "format.h" nogil:
         uint32_t format, crc
         uint64_t identity, epoch, nonce, directory, pages, clean_directory
     ctypedef struct index_state:
-        uint64_t seq, number, end, version, keys, live_bytes, log_bytes, previous
+        uint64_t seq, number, end, version, keys, live, previous, previous_live
+    uint64_t live_more(uint64_t live, uint64_t size)
+    uint64_t live_less(uint64_t live, uint64_t size)
+    ctypedef struct segment_row:
+        uint64_t chunk, live
+    const unsigned ROWS_A_PAGE
+    uint64_t ROWS_PAGE(uint64_t word)
+    uint64_t ROWS_PAGES(uint64_t word)
+    uint64_t ROWS_WORD(uint64_t page, uint64_t pages)
+    ctypedef struct swing_note:
+        uint64_t location, chunk, live, previous_live
     ctypedef struct index_page:
         index_header header
-        uint64_t seq
+        uint64_t rows, seq
         index_state state[2]
+        swing_note swing
     ctypedef struct shard_header:
         uint32_t crc, intact, cls, depth
         uint64_t prefix, used
@@ -97,4 +108,4 @@ cdef extern from "format.h" nogil:
         uint8_t boot[16]
         uint64_t device, inode, index_inode
         control_manifest manifest[2]
-        uint64_t index_nonce, epoch, last_version, reserved_end, durable_number, durable_end, sync_failed
+        uint64_t index_nonce, epoch, merges, last_version, reserved_end, durable_number, durable_end, sync_failed

@@ -14,16 +14,17 @@ cdef int compare_extents(const void *a, const void *b) noexcept nogil:
 
 
 cdef int used_extents(Index *ix, Extent **out, uint64_t *count, unsigned spare) noexcept nogil:
-    """What is in use: the header page, the directory, its shards.  All else is free."""
+    """What is in use: the header page, the rows, the directory, its shards.  All else is free."""
     cdef uint64_t word = ix.header.directory, i, entry, last = 0, n = 0
     cdef unsigned depth = DIRECTORY_DEPTH(word)
     cdef uint64_t *directory = <uint64_t *> (ix.base + DIRECTORY_PAGE(word) * PAGE_BYTES)
-    cdef Extent *extents = <Extent *> malloc(((<uint64_t> 1 << depth) + 2 + spare) * sizeof(Extent))
+    cdef Extent *extents = <Extent *> malloc(((<uint64_t> 1 << depth) + 3 + spare) * sizeof(Extent))
     if extents == NULL:
         return NO_MEMORY
     extents[0].page, extents[0].pages = 0, 1
     extents[1].page, extents[1].pages = DIRECTORY_PAGE(word), directory_pages(depth)
-    n = 2
+    extents[2].page, extents[2].pages = ROWS_PAGE(ix.page.rows), ROWS_PAGES(ix.page.rows)
+    n = 3
     for i in range(<uint64_t> 1 << depth):
         entry = directory[i]
         if entry != last:

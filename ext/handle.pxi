@@ -31,6 +31,7 @@ cdef inline int fetch(Log log, Bytes key, PyObject **value, uint64_t *location) 
     cdef Probe p
     cdef Trouble t
     cdef int status = FOUND
+    p.location = t.doubted = 0
     if key.size > KEY_MAX:
         log.check_open()
         return MISSING
@@ -222,7 +223,7 @@ cdef class StoreIterator:
     """Walks the index by hash prefix, a shard's locations at a time, in the order of the log.
 
     No overwrite and no split moves a key across the cursor: a key that is there all the time is seen once.  A key that
-    changed since its shard was copied is looked up again.
+    changed since its shard was copied is looked up again; what compaction moved is read where it was.
     """
     cdef:
         Log log
@@ -236,6 +237,8 @@ cdef class StoreIterator:
         uint64_t indexes        # of the log when the shard was copied
         uint64_t *locations
         size_t at, count, room
+        Hold hold               # on what the locations lead to
+        uint64_t doubted        # of the trouble that was settled last
 
     def __cinit__(self, Log log, int what, decode, handle):
         self.log = log
@@ -264,12 +267,14 @@ cdef class StoreIterator:
         cdef PyObject *found_value = NULL
         cdef uint64_t location
         cdef int status = FOUND
+        t.doubted = 0
         while True:
             if self.clears != log.clears:           # what was copied is gone
                 self.at = self.count
                 self.clears = log.clears
             if self.at >= self.count:
                 if self.last:
+                    self.hold = None
                     log.check_open()
                     raise StopIteration
                 status = self.copy_shard(log, status)
@@ -302,8 +307,8 @@ cdef class StoreIterator:
             value = decoded(value, self.decode)
             return value if self.what == 1 else (key_object, value)
 
-    cdef int read(self, Log log, int settled, uint64_t location, record_view *r, PyObject **key, PyObject **value,
-                  Trouble *t) noexcept:
+    cdef inline int read(self, Log log, int settled, uint64_t location, record_view *r, PyObject **key,
+                         PyObject **value, Trouble *t) noexcept:
         """What of a record is asked for; where something was written since its location was copied, its key: CHANGED."""
         cdef int status = glance(log, settled)
         cdef bint changed
@@ -315,7 +320,7 @@ cdef class StoreIterator:
         status = read_record(log, location, r, t)
         if status != FOUND:
             return status
-        changed = atomic_load(&current_index(log).page.seq) != self.seq
+        changed = atomic_load(&log.indexes) != self.indexes or atomic_load(&current_index(log).page.seq) != self.seq
         if (changed or self.what != 1) and copy_key(r, key) != FOUND:
             return NO_MEMORY
         if changed:
@@ -331,23 +336,46 @@ cdef class StoreIterator:
         """FOUND: the next shard's locations are copied, in order.  Else the status that had to be settled first."""
         cdef Trouble t
         cdef int status
+        cdef uint64_t cursor = self.cursor
+        t.doubted = self.doubted
+        self.hold = log.current_hold()
         read_begin()
         status = glance(log, settled)
         if status == FOUND:
             status = self.copy_now(log, &t)
-        read_end()
         if status == FOUND:
             sort_locations(self.locations, self.locations + self.room, self.count)
-        elif status == NEED_PAGES:
+            status = self.all_mapped(log, &t)
+            if status != FOUND:
+                self.cursor, self.last, self.count = cursor, False, 0
+        read_end()
+        if status == NEED_PAGES:
             free(self.locations)
             self.room = 0
             self.locations = <uint64_t *> malloc(2 * t.place * sizeof(uint64_t))
             if self.locations == NULL:
                 raise MemoryError()
             self.room = t.place
-        else:
+        elif status != FOUND:
             settle(log, status, &t)
+        self.doubted = t.doubted if status == UNMAPPED else 0
         return status
+
+    cdef int all_mapped(self, Log log, Trouble *t) noexcept nogil:
+        """Each segment must be mapped, as far as it is needed, before compaction can remove its file: the last record of each
+        is read, from the last segment on.  What no segment was found for is left to who reads it."""
+        cdef record_view r
+        cdef Mapped *m
+        cdef Mapped *following = NULL
+        cdef size_t i
+        t.indexes = self.indexes
+        for i in range(self.count, 0, -1):
+            m = <Mapped *> atomic_load_pointer(<void **> &log.chunks[self.locations[i - 1] >> CHUNK_UNIT_SHIFT])
+            if m == NULL or m != following:
+                following = m
+                if read_record(log, self.locations[i - 1], &r, t) == UNMAPPED and not 0 < t.doubted <= t.place + 1:
+                    return UNMAPPED
+        return FOUND
 
     cdef int copy_now(self, Log log, Trouble *t) noexcept nogil:
         """The locations in the shard at the cursor, which goes on; NEED_PAGES if there is no room for them."""

@@ -45,8 +45,8 @@ cdef inline Index *current_index(Log log) noexcept nogil:
 cdef inline int glance(Log log, int settled) noexcept nogil:
     """First in every read: FOUND if the log is open and its index still the one to use.
 
-    `settled`: the status that was settled just before, or FOUND.  Who has asked about an OUTDATED index reads what there is:
-    while a writer clears the store the control page may be ahead.
+    `settled`: the status that was settled just before, or FOUND.  Who has asked about an OUTDATED index reads what
+    there is: while a writer clears the store the control page may be ahead.
     """
     cdef control_page *c
     if atomic_load(&log.attention):
@@ -54,6 +54,7 @@ cdef inline int glance(Log log, int settled) noexcept nogil:
     if not log.writable and settled != OUTDATED:
         c = <control_page *> atomic_load_pointer(<void **> &log.control)
         if c != NULL and (atomic_load(&c.index_nonce) != log.nonce or atomic_load(&c.epoch) != log.epoch or
+                          atomic_load(&c.merges) != log.merges or
                           current_index(log).private and atomic_load(&c.last_version) != log.last_version):
             return OUTDATED
     return FOUND
@@ -267,11 +268,16 @@ cdef void index_shape(uint64_t expected, unsigned *cls, unsigned *depth) noexcep
         depth[0] += 1
 
 
-def index_pages(uint64_t expected) -> int:
-    """Pages of a new index for so many keys."""
+cdef inline uint64_t rows_pages(uint64_t segments) noexcept nogil:
+    """For so many segments, and some that come."""
+    return (segments + ROWS_A_PAGE // 8 * 9) // ROWS_A_PAGE
+
+
+def index_pages(uint64_t expected, uint64_t segments) -> int:
+    """Pages of a new index for so many keys in so many segments."""
     cdef unsigned cls, depth
     index_shape(expected, &cls, &depth)
-    return 1 + directory_pages(depth) + (<uint64_t> SHARD_PAGES[cls] << depth)
+    return 1 + rows_pages(segments) + directory_pages(depth) + (<uint64_t> SHARD_PAGES[cls] << depth)
 
 
 cdef int take_index(Log log, uint8_t *base, uint64_t mapped, uint64_t pages, bint private, uint8_t *checked=NULL,
@@ -287,10 +293,12 @@ cdef int take_index(Log log, uint8_t *base, uint64_t mapped, uint64_t pages, bin
     new.page = <index_page *> base
     new.mapped, new.pages, new.private = mapped, pages, private
     new.checked, new.checked_pages = checked, checked_pages
+    find_rows(new)
     write_lock(&log.mutex)
     old = log.index
     atomic_store(&log.indexes, log.indexes + 1)     # first: whoever has the new index has the new number too
     atomic_store_pointer(<void **> &log.index, new)
+    assign_rows(log)
     write_unlock(&log.mutex)
     if old != NULL:
         await_reads()
@@ -300,17 +308,17 @@ cdef int take_index(Log log, uint8_t *base, uint64_t mapped, uint64_t pages, bin
     return 0
 
 
-def create_index(Log log, fd, uint64_t expected, uint64_t epoch, uint64_t nonce) -> None:
-    """Begins an empty index for so many keys, in an empty file of `index_pages(expected)` pages, or, if `fd` is None,
-    in this process's memory alone."""
+def create_index(Log log, fd, uint64_t expected, uint64_t epoch, uint64_t nonce, list chunks) -> None:
+    """Begins an empty index for so many keys in the segments at these chunks, in an empty file of
+    `index_pages(expected, len(chunks))` pages, or, if `fd` is None, in this process's memory alone."""
     cdef unsigned cls, depth
-    cdef uint64_t i, mapped, pages, page
+    cdef uint64_t i, mapped, pages, page, rows = rows_pages(len(chunks))
     cdef uint8_t *base
     cdef index_header *header
     cdef uint64_t *directory
     cdef Trouble t
     index_shape(expected, &cls, &depth)
-    pages = 1 + directory_pages(depth) + (<uint64_t> SHARD_PAGES[cls] << depth)
+    pages = 1 + rows + directory_pages(depth) + (<uint64_t> SHARD_PAGES[cls] << depth)
     if fd is None:
         mapped = pages * PAGE_BYTES
         base = log.map_memory(mapped)
@@ -327,21 +335,27 @@ def create_index(Log log, fd, uint64_t expected, uint64_t epoch, uint64_t nonce)
     header.epoch = epoch
     header.nonce = nonce
     header.pages = pages
-    directory = <uint64_t *> (base + PAGE_BYTES)
-    page = 1 + directory_pages(depth)
+    write_lock(&log.mutex)
+    log.index.page.rows = ROWS_WORD(1, rows)
+    find_rows(log.index)
+    write_unlock(&log.mutex)
+    for chunk in chunks:
+        add_row(log, chunk)
+    directory = <uint64_t *> (base + (1 + rows) * PAGE_BYTES)
+    page = 1 + rows + directory_pages(depth)
     for i in range(<uint64_t> 1 << depth):
         begin_shard(base + page * PAGE_BYTES, cls, depth, i << (64 - depth) if depth else 0)
         directory[i] = ENTRY(page, cls, depth)
         page += SHARD_PAGES[cls]
-    atomic_store(&header.directory, DIRECTORY_WORD(1, depth, 1))
-    log.seq = log.version = log.keys = log.live_bytes = log.log_bytes = 0
+    atomic_store(&header.directory, DIRECTORY_WORD(1 + rows, depth, 1))
+    log.seq = log.version = log.keys = 0
 
 
 def attach_index(Log log, int fd, uint64_t size, uint64_t epoch, uint64_t nonce, bint clean) -> str | None:
     """Maps an existing index of `size` bytes.  Returns why it is not to be believed, or None."""
     cdef uint64_t mapped, pages = size // PAGE_BYTES, unchecked = 0
     cdef uint8_t *checked
-    if pages < 3:
+    if pages < 4:
         return f"{size} bytes are too few"
     checked = <uint8_t *> calloc(pages, 1)
     if checked == NULL:
@@ -367,7 +381,7 @@ cdef str why_not(Log log, uint8_t *base, uint64_t pages, uint64_t epoch, uint64_
                  uint64_t *unchecked):
     """What is wrong with an index, or None; counts the shards whose checksums are still to be compared."""
     cdef index_header *header = <index_header *> base
-    cdef uint64_t word = atomic_load(&header.directory), i, entry, last = 0
+    cdef uint64_t word = atomic_load(&header.directory), rows = atomic_load(&(<index_page *> base).rows), i, entry, last = 0
     cdef unsigned depth = DIRECTORY_DEPTH(word)
     cdef uint64_t *directory
     if memcmp(header.magic, INDEX_MAGIC, 8):
@@ -380,8 +394,10 @@ cdef str why_not(Log log, uint8_t *base, uint64_t pages, uint64_t epoch, uint64_
         return f"{header.pages} pages expected, {pages} found"
     if depth > DIRECTORY_DEPTH_MAX or DIRECTORY_PAGE(word) + directory_pages(depth) > pages:
         return "its directory is out of bounds"
+    if ROWS_PAGE(rows) == 0 or ROWS_PAGES(rows) == 0 or ROWS_PAGE(rows) + ROWS_PAGES(rows) > pages:
+        return "its segments' rows are out of bounds"
     if clean and (header.clean_directory != word or header.crc != index_crc(base)):
-        return "its directory fails the checksum"
+        return "its directory or its segments' rows fail the checksum"
     directory = <uint64_t *> (base + DIRECTORY_PAGE(word) * PAGE_BYTES)
     for i in range(<uint64_t> 1 << depth):
         entry = atomic_load(directory + i)
@@ -405,8 +421,9 @@ cdef uint32_t index_crc(uint8_t *base) noexcept nogil:
     cdef uint64_t word = page.header.directory
     page.header.crc = 0
     page.header.directory = 0
-    return crc32c(crc32c(0, &page, sizeof(page)), base + DIRECTORY_PAGE(word) * PAGE_BYTES,
-                  <uint64_t> 8 << DIRECTORY_DEPTH(word))
+    cdef uint32_t crc = crc32c(0, &page, sizeof(page))
+    crc = crc32c(crc, base + ROWS_PAGE(page.rows) * PAGE_BYTES, ROWS_PAGES(page.rows) * PAGE_BYTES)
+    return crc32c(crc, base + DIRECTORY_PAGE(word) * PAGE_BYTES, <uint64_t> 8 << DIRECTORY_DEPTH(word))
 
 
 cdef uint32_t shard_crc(uint8_t *shard, unsigned cls) noexcept nogil:
@@ -414,8 +431,8 @@ cdef uint32_t shard_crc(uint8_t *shard, unsigned cls) noexcept nogil:
 
 
 cdef bint check_shard(Log log, uint64_t page) except -1:
-    """At a shard's first use: compares its checksum, unless a writer has changed it since.  No thread changes it meanwhile:
-    another process may."""
+    """At a shard's first use: compares its checksum, unless a writer has changed it since.  No thread changes it
+    meanwhile, but another process may."""
     cdef bint right = True
     cdef Index *ix
     log.check_open()

@@ -7,8 +7,12 @@ cdef struct Mapped:         # a segment's mapping
     uint64_t origin         # location of the segment's first byte
     uint64_t run            # chunks
     uint32_t salt
-    const footer_entry *entries     # of the segment's footer, if a rebuild has read it
+    const footer_entry *entries     # of the segment's footer, once it was read and checked; NULL: not yet
     uint64_t count
+    segment_row *row        # what of it is alive; `Log.nowhere` where nobody counts
+    bint replaced           # what of it is alive is in another segment too
+    bint dropped            # a Hold has it
+    Mapped *next            # of `Log.mapped_segments`, or of a Hold
 
 
 cdef struct Index:          # replaced as a whole: whoever has loaded the pointer sees one index
@@ -19,6 +23,8 @@ cdef struct Index:          # replaced as a whole: whoever has loaded the pointe
     uint64_t pages          # that are known to be there
     uint8_t *checked        # a byte a page where a shard begins: its checksum was compared; NULL: nothing left to compare
     uint64_t checked_pages
+    segment_row *rows       # a writer's, or of an index that is built
+    uint64_t row_count
     bint private            # in memory only, of this process
 
 
@@ -33,6 +39,48 @@ cdef struct Active:         # the segment that is appended to
 
 
 cdef uint64_t INDEX_RESERVE = 64 << 20
+
+
+cdef void free_all(Mapped *m) noexcept nogil:
+    cdef Mapped *following
+    while m != NULL:
+        following = m.next
+        free(m)
+        m = following
+
+
+@cython.final
+@cython.trashcan(True)
+cdef class Hold:
+    """As long as one of these lives, so does what was mapped when it was taken.
+
+    The log has the newest; what is dropped hangs on the one that was the newest then, and that keeps all later ones.
+    """
+    cdef:
+        Log log                 # once something hangs on it
+        Hold following
+        Mapped *gone
+
+    def __dealloc__(self):
+        cdef Mapped *m = self.gone
+        cdef uint64_t i
+        cdef Log log = self.log
+        if m == NULL:
+            return
+        if log is not None and not log.closed:
+            write_lock(&log.mutex)
+            while m != NULL:
+                for i in range(m.run):
+                    if log.chunks[(m.origin >> CHUNK_UNIT_SHIFT) + i] == m:
+                        atomic_store_pointer(<void **> &log.chunks[(m.origin >> CHUNK_UNIT_SHIFT) + i], NULL)
+                m = m.next
+            write_unlock(&log.mutex)
+            await_reads()
+            m = self.gone
+            while m != NULL:
+                log.unmap(m.base)
+                m = m.next
+        free_all(self.gone)
 
 
 @cython.final
@@ -58,12 +106,15 @@ cdef class Log:
         write_mutex mutex
         readonly shared_word nonce  # what control said when the index was taken: its nonce,
         shared_word epoch           # the store's epoch,
-        shared_word last_version    # and the last version published
+        shared_word last_version    # the last version published,
+        shared_word merges          # and how often segments had gone
         Active active
-        uint64_t seq, version, keys, live_bytes, log_bytes
+        uint64_t seq, version, keys
         dict mappings               # address: length, to be unmapped at the end
         readonly shared_word clears # how often all segments were let go
-        set segments                # first chunks of those mapped
+        Mapped *mapped_segments
+        Hold hold                   # on the mappings that there are
+        segment_row nowhere
         str poison                  # why every write is refused since a sync failed, or None
         shared_flag refusing        # writes: poisoned, paused, closing, closed, or only reading
         shared_flag closing
@@ -87,7 +138,7 @@ cdef class Log:
         self.writable = writable
         self.refusing = not writable
         self.mappings = {}
-        self.segments = set()
+        self.hold = Hold.__new__(Hold)
         write_mutex_init(&self.mutex)
         memcpy(self.seed, PyBytes_AS_STRING(seed), 16)
         self.chunks = <Mapped **> self.map_memory(CHUNK_COUNT * sizeof(Mapped *))
@@ -96,13 +147,12 @@ cdef class Log:
         self.release()
 
     cdef void release(self):
-        cdef Mapped **chunks
         cdef Index *index
         write_lock(&self.mutex)
         self.closed = True
         self.refusing = True
         self.writable = False
-        chunks, index = self.chunks, self.index
+        index = self.index
         atomic_store(&self.attention, True)
         write_unlock(&self.mutex)
         await_reads()
@@ -113,9 +163,8 @@ cdef class Log:
         if index != NULL:
             free(index.checked)
             free(index)
-        for chunk in self.segments or ():
-            free(chunks[<uint64_t> chunk])
-        self.segments = set()
+        free_all(self.mapped_segments)
+        self.mapped_segments = NULL
         for address, length in (self.mappings or {}).items():
             munmap(<void *> <size_t> address, length)
         self.mappings = {}
@@ -250,12 +299,19 @@ cdef class Log:
         new.limit, new.origin, new.run, new.salt = min(size, new.length), chunk << CHUNK_UNIT_SHIFT, run, salt
         write_lock(&self.mutex)
         old = self.chunks[chunk]
-        if old != NULL and self.active.base == old.base:
-            self.active.base = new.base
+        if old != NULL and old.dropped:
+            old = NULL
+        if old != NULL:
+            new.replaced = old.replaced
+            self.unlink(old)
+            if self.active.base == old.base:
+                self.active.base = new.base
+        new.row = row_of(self, chunk)
+        new.next = self.mapped_segments
+        self.mapped_segments = new
         for i in range(run):
             atomic_store_pointer(<void **> &self.chunks[chunk + i], new)
         write_unlock(&self.mutex)
-        self.segments.add(chunk)
         if old != NULL:                 # where address space is short, a mapping grows by another one
             await_reads()
             self.unmap(old.base)
@@ -265,33 +321,61 @@ cdef class Log:
         """Whether so many bytes of a segment are mapped already; they are readable then."""
         write_lock(&self.mutex)
         cdef Mapped *m = self.chunks[chunk]
-        cdef bint mapped = m != NULL and m.length >= size
+        cdef bint mapped = m != NULL and not m.dropped and m.length >= size
         if mapped and m.limit < size:
             atomic_store(&m.limit, size)
         write_unlock(&self.mutex)
         return mapped
 
+    cdef void unlink(self, Mapped *m) noexcept nogil:
+        cdef Mapped **at = &self.mapped_segments
+        while at[0] != m:
+            at = &at[0].next
+        at[0] = m.next
+
     def forget_segments(self, uint64_t before=CHUNK_COUNT) -> None:
         """The store was cleared: lets all segments before that chunk go, so that their space comes back."""
+        self.drop_segments([chunk for chunk in self.segments() if chunk < before])
+        self.clears += 1
+
+    def drop_segments(self, list chunks) -> None:
+        """No index leads to these segments any more: each mapping goes as soon as no iterator needs it."""
         self.check_open()
-        cdef list gone = [chunk for chunk in self.segments if chunk < before]
-        cdef list mapped = []
+        cdef uint64_t chunk
         cdef Mapped *m
-        cdef uint64_t chunk, i
-        for chunk in gone:
+        cdef Hold hold, following = Hold.__new__(Hold)
+        with cython.critical_section(self):
+            hold = self.hold
+            hold.log, hold.following = self, following
+            self.hold = following
+        for chunk in chunks:
             write_lock(&self.mutex)
             m = self.chunks[chunk]
-            for i in range(m.run):
-                atomic_store_pointer(<void **> &self.chunks[chunk + i], NULL)
+            if m != NULL and not m.dropped:
+                self.unlink(m)
+                m.dropped = True
+                m.row = &self.nowhere
+                m.next = hold.gone
+                hold.gone = m
             write_unlock(&self.mutex)
-            mapped.append(<size_t> m)
-        self.segments.difference_update(gone)
-        self.clears += 1
-        await_reads()
-        for address in mapped:
-            m = <Mapped *> <size_t> address
-            self.unmap(m.base)
-            free(m)
+
+    cdef Hold current_hold(self):
+        """What is mapped now stays as long as this lives, or until the log is closed."""
+        with cython.critical_section(self):
+            return self.hold
+
+    def segments(self) -> list:
+        """The first chunks of the segments that are mapped and were not dropped."""
+        cdef list found = []
+        cdef Mapped *m = self.mapped_segments
+        while m != NULL:
+            found.append(m.origin >> CHUNK_UNIT_SHIFT)
+            m = m.next
+        return found
+
+    def mark_replaced(self, uint64_t chunk) -> None:
+        """What of this segment is alive, another segment has too."""
+        self.chunks[chunk].replaced = True
 
     cdef int unmap(self, void *address) except -1:
         cdef object length = self.mappings.pop(<size_t> address, None)
@@ -394,17 +478,28 @@ cdef class Log:
         self.check_change()
         atomic_store(&self.control.epoch, epoch)
 
+    def note_merge(self) -> None:
+        """Segments have gone from the MANIFEST: readers let go of them, though on a full disk perhaps later."""
+        self.check_writer()
+        if self.full_disk():
+            return
+        atomic_store(&self.control.merges, self.control.merges + 1)
+
     @property
     def signs(self) -> tuple:
-        """What the control page says to readers: (nonce of the index, epoch, last version); zeros without one."""
+        """What the control page says to readers: (nonce of the index, epoch, last version, merges); zeros without one."""
         if self.control == NULL:
-            return 0, 0, 0
+            return 0, 0, 0, 0
         return (atomic_load(&self.control.index_nonce), atomic_load(&self.control.epoch),
-                atomic_load(&self.control.last_version))
+                atomic_load(&self.control.last_version), atomic_load(&self.control.merges))
 
     def heed(self, tuple signs) -> None:
         """Goes on with the index that is there until the control page says something else than this."""
-        self.nonce, self.epoch, self.last_version = signs
+        self.nonce, self.epoch, self.last_version, self.merges = signs
+
+    def heed_merges(self, uint64_t merges) -> None:
+        """Of what the control page says, only this was heeded."""
+        self.merges = merges
 
     def note_sync_failure(self, int number) -> None:
         if self.control != NULL and not populate(<uint8_t *> self.control, PAGE_BYTES, True):
@@ -423,7 +518,7 @@ cdef class Log:
         """Makes the index's state this writer's."""
         cdef index_state s
         self.seq = read_state(self.index, &s)
-        self.version, self.keys, self.live_bytes, self.log_bytes = s.version, s.keys, s.live_bytes, s.log_bytes
+        self.version, self.keys = s.version, s.keys
 
     def restore_state(self) -> tuple:
         """Takes the state from the index: (file number, end, last version) of the log that it belongs to."""
@@ -432,20 +527,19 @@ cdef class Log:
         cdef index_state *s = &self.index.page.state[self.seq & 1]
         return s.number, s.end, s.version
 
-    def settle_state(self, uint64_t number, uint64_t end, uint64_t version, log_bytes=None) -> None:
+    def settle_state(self, uint64_t number, uint64_t end, uint64_t version) -> None:
         """States where the log ends now."""
         self.check_change()
-        cdef bint counted = log_bytes is not None
-        cdef uint64_t size = log_bytes if counted else 0
         write_lock(&self.mutex)
-        if counted:
-            self.log_bytes = size
-        commit(self, number, end, version, NULL, 0, 0)
+        commit(self, number, end, version, NULL, 0, 0, self.active_live(), 0)
         write_unlock(&self.mutex)
+
+    cdef uint64_t active_live(self) noexcept nogil:
+        return self.chunks[self.active.origin >> CHUNK_UNIT_SHIFT].row.live
 
     @property
     def state(self) -> dict:
-        """Counts as of now: keys, aligned bytes of live and of all records, last version; `begun`: the next write may be in
+        """As of now: keys, last version, and where the log ends: file number and offset; `begun`: the next write may be in
         the index already.  Also while the index is being built."""
         cdef index_state s
         cdef Index *ix
@@ -459,7 +553,7 @@ cdef class Log:
         read_end()
         if not there:
             self.check_open()
-        return {"keys": s.keys, "live_bytes": s.live_bytes, "log_bytes": s.log_bytes, "version": s.version, "begun": begun}
+        return {"keys": s.keys, "version": s.version, "number": s.number, "end": s.end, "begun": begun}
 
     @property
     def position(self) -> tuple:
@@ -535,7 +629,7 @@ cdef uint32_t control_crc(control_page *page) noexcept nogil:
 
 
 cdef inline void commit(Log log, uint64_t number, uint64_t end, uint64_t version, uint64_t *slot, uint64_t value,
-                        uint64_t previous) noexcept nogil:
+                        uint64_t previous, uint64_t live, uint64_t previous_live) noexcept nogil:
     """Publishes one change: the other state block, then the slot, then the block's number.
 
     A kill before the slot: the record behind the end is replayed.  After it: the index has the record and the
@@ -548,9 +642,9 @@ cdef inline void commit(Log log, uint64_t number, uint64_t end, uint64_t version
     relaxed_store(&s.end, end)
     relaxed_store(&s.version, version)
     relaxed_store(&s.keys, log.keys)
-    relaxed_store(&s.live_bytes, log.live_bytes)
-    relaxed_store(&s.log_bytes, log.log_bytes)
+    relaxed_store(&s.live, live)
     relaxed_store(&s.previous, previous)
+    relaxed_store(&s.previous_live, previous_live)
     atomic_store(&s.seq, log.seq + 1)
     if slot != NULL:
         atomic_store(slot, value)
@@ -579,7 +673,9 @@ cdef int settle(Log log, int status, Trouble *t) except -1:
 cdef int ask_owner(Log log, owner, int status, Trouble *t) except -1:
     if status == UNMAPPED:
         if not owner._map_location(t.place, t.known) and t.indexes == atomic_load(&log.indexes):
-            raise_damage(log, t)
+            if t.doubted == t.place + 1:
+                raise_damage(log, t)
+            t.doubted = t.place + 1
     elif status == DAMAGED:
         raise_damage(log, t)
     elif status == LOOK_CLOSER:

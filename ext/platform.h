@@ -9,6 +9,8 @@
 #include <sys/resource.h>
 #include <sys/statvfs.h>
 #ifdef __linux__
+#include <fcntl.h>
+#include <linux/falloc.h>
 #include <sys/vfs.h>
 #endif
 
@@ -71,6 +73,15 @@ static inline int populate(uint8_t *start, uint64_t length, int for_writing) {
     (void)start; (void)length; (void)for_writing;
 #endif
     return 0;
+}
+
+/* Gives the blocks of a part of a file back, which reads as zeros then; where that cannot be, nothing happens. */
+static inline void free_blocks(int fd, uint64_t offset, uint64_t length) {
+#ifdef __linux__
+    if (fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)length)) return;
+#else
+    (void)fd; (void)offset; (void)length;
+#endif
 }
 
 /* Pages that this thread has had made present or writable so far. */

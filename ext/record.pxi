@@ -28,6 +28,7 @@ cdef struct Trouble:        # what a negative status is about
     uint64_t place          # a location, a page, or how much is needed
     uint64_t known          # bytes of the location's segment, or pages of the index, that were known then
     uint64_t indexes        # that the log had had when the place was read from one
+    uint64_t doubted        # the place, plus 1, that no segment was found for: the slot is read once more
     int status              # of record_unpack, or an errno
     uint32_t expected, found
 
@@ -135,6 +136,11 @@ def key_hash(bytes seed, bytes key) -> int:
         raise ValueError(f"a seed has 16 bytes, not {len(seed)}")
     memcpy(words, PyBytes_AS_STRING(seed), 16)
     return siphash13(words, PyBytes_AS_STRING(key), len(key))
+
+
+def free_blocks(int fd, uint64_t offset, uint64_t length) -> None:
+    """Gives the blocks of a part of a file back, which reads as zeros then; where that cannot be, nothing happens."""
+    c_free_blocks(fd, offset, length)
 
 
 def filesystem_magic(int fd) -> int:

@@ -5,6 +5,7 @@ cdef struct Scan:
     uint64_t origin, offset, stop, version
     uint64_t populated, step
     uint32_t salt
+    bint sorted             # by key: versions may fall
 
 
 cdef struct Entry:          # of a batch that is on its way into the index
@@ -32,6 +33,7 @@ cdef int begin_scan(Log log, Scan *s, uint64_t chunk, uint64_t start, uint64_t s
     s.version = version
     s.populated = start
     s.step = SCAN_FIRST
+    s.sorted = False
     return 0
 
 
@@ -62,10 +64,10 @@ cdef inline int next_record(Scan *s, record_view *r) noexcept nogil:
         return status
     if r.kind == KIND_FOOTER:
         return SCAN_FOOTER
-    if r.version <= s.version and not (r.kind == KIND_CONTINUES and r.version == s.version):
+    if not s.sorted and r.version <= s.version and not (r.kind == KIND_CONTINUES and r.version == s.version):
         return SCAN_VERSION
     s.offset += r.size
-    s.version = r.version
+    s.version = max(s.version, r.version)
     return RECORD_OK
 
 
@@ -92,9 +94,9 @@ cdef int apply_batch(Log log, Entry *batch, int n, uint64_t number, int *done, T
         if e.kind == KIND_PUT and not (status == FOUND and p.location == e.location):
             apply_put(log, &p, status, e.hash, e.location, e.size, number, e.end, e.version)
         elif e.kind == KIND_DELETE and status == FOUND:
-            apply_delete(log, &p, number, e.end, e.version)
+            apply_delete(log, &p, e.location, number, e.end, e.version)
         else:
-            commit(log, number, e.end, e.version, NULL, 0, 0)
+            commit(log, number, e.end, e.version, NULL, 0, 0, log.chunks[e.location >> CHUNK_UNIT_SHIFT].row.live, 0)
         done[0] += 1
     return FOUND
 
@@ -103,6 +105,7 @@ cdef int enter(Log log, Entry *batch, int n, uint64_t number) except -1:
     """A whole batch into the index, with what the index needs meanwhile."""
     cdef Trouble t
     cdef int done = 0, status
+    t.doubted = 0
     while True:
         with nogil:
             status = apply_batch(log, batch, n, number, &done, &t)
@@ -111,10 +114,11 @@ cdef int enter(Log log, Entry *batch, int n, uint64_t number) except -1:
         settle(log, status, &t)
 
 
-def replay(Log log, uint64_t number, uint64_t chunk, uint64_t start, uint64_t stop, uint64_t version) -> tuple:
+def replay(Log log, uint64_t number, uint64_t chunk, uint64_t start, uint64_t stop, uint64_t version,
+           bint merged=False) -> tuple:
     """Puts the records of a segment from `start` on into the index, until `stop` or the first that is not whole.
 
-    Returns (reason, offset, last version, records).  The lines of the index are fetched for a batch at a time, and
+    merged: in the order of keys, as compaction writes them, not of versions.  Returns (reason, offset, last version, records).  The lines of the index are fetched for a batch at a time, and
     the GIL is released.
     """
     cdef Scan s
@@ -124,6 +128,7 @@ def replay(Log log, uint64_t number, uint64_t chunk, uint64_t start, uint64_t st
     cdef int n, reason = RECORD_OK
     cdef uint64_t records = 0
     begin_scan(log, &s, chunk, start, stop, version)
+    s.sorted = merged
     while reason == RECORD_OK:
         n = 0
         with nogil:
@@ -134,7 +139,6 @@ def replay(Log log, uint64_t number, uint64_t chunk, uint64_t start, uint64_t st
                 if reason != RECORD_OK:
                     break
                 e.kind, e.version, e.size, e.end = r.kind, r.version, r.size, s.offset
-                log.log_bytes += r.size
                 if r.kind == KIND_PUT or r.kind == KIND_DELETE:
                     e.hash = siphash13(log.seed, r.key, r.key_length)
                     prefetch_bucket(log, e.hash)
@@ -149,8 +153,9 @@ def replay(Log log, uint64_t number, uint64_t chunk, uint64_t start, uint64_t st
 cdef inline void prefetch_bucket(Log log, uint64_t h) noexcept nogil:
     cdef uint64_t word, entry
     cdef Trouble t
-    if find_entry(log.index, h, &word, &entry, &t) == FOUND:
-        prefetch(bucket_at(log.index.base + ENTRY_PAGE(entry) * PAGE_BYTES, home_bucket(h, ENTRY_CLASS(entry))))
+    cdef Index *ix = current_index(log)
+    if find_entry(ix, h, &word, &entry, &t) == FOUND:
+        prefetch(bucket_at(ix.base + ENTRY_PAGE(entry) * PAGE_BYTES, home_bucket(h, ENTRY_CLASS(entry))))
 
 
 def adopt_last(Log log, uint64_t chunk) -> None:
@@ -171,6 +176,7 @@ def adopt_last(Log log, uint64_t chunk) -> None:
     if other.seq != log.seq + 1 or other.number != now.number or other.end != s.offset or other.version != s.version:
         return
     h = siphash13(log.seed, r.key, r.key_length)
+    t.doubted = 0
     while True:
         status = probe(log, r.key, r.key_length, h, 0, &p, False, &t)
         if status >= 0:
@@ -188,33 +194,20 @@ def replay_footer(Log log, uint64_t number, uint64_t chunk, uint64_t end) -> tup
     Returns (records, first version, last version), or None if the footer is not right.
     """
     cdef Mapped *segment = log.chunks[chunk]
-    cdef record_view r
-    cdef footer_header *header
-    cdef footer_entry *entries
+    cdef footer_header *header = footer_of(segment, end)
+    cdef footer_entry *entries = <footer_entry *> (header + 1)
     cdef Entry batch[BATCH]
     cdef Entry *e
     cdef uint64_t i
     cdef int n = 0
-    if segment == NULL or end >= segment.limit or \
-            populate(segment.base + end, segment.limit - end, False) or \
-            record_unpack(&r, segment.base + end, segment.limit - end, segment.salt, end, True) != RECORD_OK:
+    if header == NULL:
         return None
-    header = <footer_header *> r.value
-    if r.kind != KIND_FOOTER or r.value_length < sizeof(footer_header) or \
-            (r.value_length - sizeof(footer_header)) // sizeof(footer_entry) != header.entries:
-        return None
-    entries = <footer_entry *> (header + 1)
-    for i in range(header.entries):
-        if <uint64_t> entries[i].unit << LOCATION_UNIT_SHIFT >= end:
-            return None
-    segment.entries, segment.count = entries, header.entries
-    log.log_bytes += end - SEGMENT_HEADER_BYTES
     for i in range(header.entries):
         e = &batch[n]
         e.hash = entries[i].hash
         e.location = segment.origin + entries[i].unit
-        e.size = <uint64_t> (entries[i].size_kind & ((1 << FOOTER_SIZE_BITS) - 1)) << LOCATION_UNIT_SHIFT
-        e.kind = <uint8_t> (entries[i].size_kind >> FOOTER_SIZE_BITS)
+        e.size = entry_size(&entries[i])
+        e.kind = <uint8_t> entry_kind(&entries[i])
         e.end = end
         e.version = header.last_version
         prefetch_bucket(log, e.hash)
@@ -225,7 +218,7 @@ def replay_footer(Log log, uint64_t number, uint64_t chunk, uint64_t end) -> tup
             if i & 0xffff < BATCH:
                 PyErr_CheckSignals()
     enter(log, batch, n, number)
-    commit(log, number, end, header.last_version, NULL, 0, 0)
+    commit(log, number, end, header.last_version, NULL, 0, 0, segment.row.live, 0)
     return header.records, header.first_version, header.last_version
 
 
@@ -319,13 +312,14 @@ def read_link(Log log, uint64_t chunk) -> tuple | None:
     return link.number, link.end, link.version
 
 
-def survey(Log log, uint64_t chunk, uint64_t start, uint64_t stop, uint64_t version) -> tuple:
-    """Reads records without doing anything: (reason, offset, last version, records)."""
+def survey(Log log, uint64_t chunk, uint64_t start, uint64_t stop, uint64_t version, bint merged=False) -> tuple:
+    """Reads records without doing anything, as `replay` would: (reason, offset, last version, records)."""
     cdef Scan s
     cdef record_view r
     cdef uint64_t records = 0
     cdef int reason
     begin_scan(log, &s, chunk, start, stop, version)
+    s.sorted = merged
     with nogil:
         while True:
             reason = next_record(&s, &r)

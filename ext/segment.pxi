@@ -101,7 +101,6 @@ cdef inline uint64_t move_end(Log log, uint64_t need) noexcept nogil:
     """The record behind the log's end is part of it now: returns its location.  A `commit` publishes it."""
     cdef uint64_t location = log.active.origin + (log.active.end >> LOCATION_UNIT_SHIFT)
     log.active.end += need
-    log.log_bytes += need
     return location
 
 
@@ -118,6 +117,7 @@ cdef uint64_t put(Log log, Bytes key, Bytes value) except 0:
         raise ValueError(f"a value has at most {VALUE_MAX:,} bytes, this one has {value.size:,}")
     need = record_size(key.size, value.size)
     h = siphash13(log.seed, key.data, key.size)
+    t.doubted = 0
     while True:
         write_lock(&log.mutex)
         status = put_now(log, key, value, h, need, &version, &t)
@@ -182,25 +182,36 @@ cdef int put_tightly(Log log, Bytes key, Bytes value, uint64_t h, uint64_t need,
 cdef inline void apply_put(Log log, Probe *p, int found, uint64_t h, uint64_t location, uint64_t size,
                            uint64_t number, uint64_t end, uint64_t version) noexcept nogil:
     """Points the index at a put's record, in place of the one that `probe` found, if any."""
-    cdef uint64_t previous = 0
-    log.live_bytes += size
+    cdef segment_row *row = log.chunks[location >> CHUNK_UNIT_SHIFT].row
+    cdef segment_row *other = row
+    cdef uint64_t previous = 0, live = live_more(row.live, size), previous_live = 0
     if found:
         previous = p.slot[0]
-        log.live_bytes -= p.record.size
+        other = log.chunks[p.location >> CHUNK_UNIT_SHIFT].row
+        if other == row:
+            live = previous_live = live_less(live, p.record.size)
+        else:
+            previous_live = live_less(other.live, p.record.size)
         touch_shard(log, p.shard)
     else:
         log.keys += 1
         claim_slot(log, p)
-    commit(log, number, end, version, p.slot, (h >> TAG_SHIFT << TAG_SHIFT) | location, previous)
+    commit(log, number, end, version, p.slot, (h >> TAG_SHIFT << TAG_SHIFT) | location, previous, live, previous_live)
+    row.live = live
+    if other != row:
+        other.live = previous_live
 
 
-cdef inline void apply_delete(Log log, Probe *p, uint64_t number, uint64_t end, uint64_t version) noexcept nogil:
-    """Takes the entry that `probe` found out of the index."""
-    cdef uint64_t value = removed_value(p)
+cdef inline void apply_delete(Log log, Probe *p, uint64_t location, uint64_t number, uint64_t end,
+                              uint64_t version) noexcept nogil:
+    """Takes the entry that `probe` found out of the index, because of the tombstone at `location`."""
+    cdef segment_row *row = log.chunks[location >> CHUNK_UNIT_SHIFT].row
+    cdef segment_row *other = log.chunks[p.location >> CHUNK_UNIT_SHIFT].row
+    cdef uint64_t value = removed_value(p), previous_live = live_less(other.live, p.record.size)
     log.keys -= 1
-    log.live_bytes -= p.record.size
     touch_shard(log, p.shard)
-    commit(log, number, end, version, p.slot, value, p.slot[0])
+    commit(log, number, end, version, p.slot, value, p.slot[0], previous_live if other == row else row.live, previous_live)
+    other.live = previous_live
     if value == SLOT_EMPTY:
         relaxed_store(&(<shard_header *> p.shard).used, (<shard_header *> p.shard).used - 1)
 
@@ -215,6 +226,7 @@ cdef uint64_t delete(Log log, Bytes key, uint64_t seen) except? 0:
     if key.size > KEY_MAX:
         return 0
     h = siphash13(log.seed, key.data, key.size)
+    t.doubted = 0
     while True:
         write_lock(&log.mutex)
         status = delete_now(log, key, h, need, seen, &version, &t)
@@ -238,6 +250,7 @@ cdef inline int delete_now(Log log, Bytes key, uint64_t h, uint64_t need, uint64
                            Trouble *t) noexcept nogil:
     """With the mutex held."""
     cdef Bytes nothing = Bytes(NULL, 0)
+    cdef uint64_t location
     cdef Probe p
     cdef int status
     if log.refusing:
@@ -252,8 +265,8 @@ cdef inline int delete_now(Log log, Bytes key, uint64_t h, uint64_t need, uint64
     if status != FOUND:
         return status
     version[0] = write_record(log, KIND_DELETE, key, nothing, need)
-    move_end(log, need)
-    apply_delete(log, &p, log.active.number, log.active.end, version[0])
+    location = move_end(log, need)
+    apply_delete(log, &p, location, log.active.number, log.active.end, version[0])
     return FOUND
 
 
@@ -300,7 +313,7 @@ cdef uint64_t mark_now(Log log, uint64_t number, uint64_t end, uint64_t covered)
         return covered
     version = write_record(log, KIND_SYNC_MARK, key, value, MARK_BYTES)
     move_end(log, MARK_BYTES)
-    commit(log, log.active.number, log.active.end, version, NULL, 0, 0)
+    commit(log, log.active.number, log.active.end, version, NULL, 0, 0, log.active_live(), 0)
     return version if quiet else covered
 
 
@@ -310,6 +323,7 @@ def switch_segment(Log log, int fd, uint64_t number, uint64_t chunk, uint64_t ca
     log.check_writer()
     if make_writable(log, [Stretch(log.chunks[chunk].base, PAGE_BYTES)], 1, &t) < 0:
         raise_unwritable(t.status)
+    add_row(log, chunk)
     write_lock(&log.mutex)
     switch_now(log, fd, number, chunk, capacity, allocated)
     write_unlock(&log.mutex)
@@ -323,8 +337,7 @@ cdef void switch_now(Log log, int fd, uint64_t number, uint64_t chunk, uint64_t 
     atomic_store(&log.control.reserved_end, a.end + LINK_BYTES)
     record_pack(a.base + a.end, a.salt, a.end, KIND_CONTINUES, log.version, NULL, 0, &link, sizeof(link))
     a.end += LINK_BYTES
-    log.log_bytes += LINK_BYTES
-    commit(log, number, a.end, log.version, NULL, 0, 0)
+    commit(log, number, a.end, log.version, NULL, 0, 0, log.active_live(), 0)
 
 
 cdef uint64_t MARK_BYTES = MARK_SIZE, LINK_BYTES = CONTINUES_SIZE

@@ -48,6 +48,8 @@ cdef int touch(Log log, Stretch *stretches, int n) noexcept nogil:
         problem = populate(<uint8_t *> log.control, PAGE_BYTES, True)
         if not problem and log.index != NULL:
             problem = populate(log.index.base, PAGE_BYTES, True)
+        if not problem and log.index != NULL and log.index.row_count:
+            problem = populate(<uint8_t *> log.index.rows, log.index.row_count * sizeof(segment_row), True)
     for i in range(n):
         if not problem and stretches[i].length:
             problem = populate(stretches[i].start, stretches[i].length, True)

@@ -1,11 +1,12 @@
 /* Threads without the GIL: a mapping goes only when every thread has left the read it was in, and writes take turns.
-   Where there is a GIL it does both, and nothing here costs anything. */
+   Where there is a GIL it does both for who holds it. */
 #ifndef LOGKV_THREADS_H
 #define LOGKV_THREADS_H
 
+#include <sched.h>
+
 #ifdef Py_GIL_DISABLED
 #include <pthread.h>
-#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 
@@ -53,6 +54,8 @@ static inline void read_begin(void) {
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
 static inline void read_end(void) { __atomic_store_n(&my_slot->epoch, 0, __ATOMIC_RELEASE); }
+static inline void long_read_begin(void) { read_begin(); }
+static inline void long_read_end(void) { read_end(); }
 
 /* Returns when all reads have ended that may have seen what was there before this call. */
 static inline void await_reads(void) {
@@ -80,7 +83,12 @@ static inline void write_lock(write_mutex *m) { (void)m; }
 static inline void write_unlock(write_mutex *m) { (void)m; }
 static inline void read_begin(void) {}
 static inline void read_end(void) {}
-static inline void await_reads(void) {}
-static inline void threads_after_fork(void) {}
+
+/* A read that has let the GIL go is one that others must wait for. */
+static unsigned long_reads;
+static inline void long_read_begin(void) { __atomic_add_fetch(&long_reads, 1, __ATOMIC_SEQ_CST); }
+static inline void long_read_end(void) { __atomic_sub_fetch(&long_reads, 1, __ATOMIC_RELEASE); }
+static inline void await_reads(void) { while (__atomic_load_n(&long_reads, __ATOMIC_ACQUIRE)) sched_yield(); }
+static inline void threads_after_fork(void) { long_reads = 0; }
 #endif
 #endif

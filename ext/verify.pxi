@@ -40,6 +40,7 @@ def survey_index(Log log, bint searching) -> tuple:
     cdef uint64_t location
     cdef list lost = []
     cdef int status = FOUND
+    t.doubted = 0
     try:
         while not shards.last:
             status = shards.copy_shard(log, status)

@@ -35,7 +35,7 @@ class Engine:
         self.directory = directory
         self.writable = writable
         self.users = 0
-        self._lock = threading.RLock()  # the index while it is being built, and letting go; a writer adds to this
+        self.lock = threading.RLock()  # the index while it is being built, and letting go; a writer adds to this
         self._failure: BaseException | None = None      # why there is no index at all
         self._orphaned = False          # nobody builds the index any more
         self.log: _core.Log
@@ -109,7 +109,7 @@ class Engine:
         """Whether the store's index is to be believed beside this MANIFEST."""
         return recovery.trust(self.directory, self.log, self._control_fd, instance)
 
-    def _now_in(self, epoch: int, signs: tuple[int, int, int]) -> None:
+    def _now_in(self, epoch: int, signs: tuple[int, int, int, int]) -> None:
         """The index is taken: it belongs to this epoch, and is good until the control page shows other signs."""
         if epoch != self._epoch:
             self.log.forget_segments()
@@ -120,7 +120,15 @@ class Engine:
                 self.log.close()
                 raise ClosedError(f"{self.directory.path} was emptied and now has codec {self.manifest.codec!r}, not "
                                   f"{self.codec!r}: open it again")
-        self.log.heed((signs[0], epoch if signs[1] else 0, signs[2]))
+        self.log.heed((signs[0], epoch if signs[1] else 0, *signs[2:]))
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Of the segments that the MANIFEST does not name any more."""
+        named = {segment.chunk for segment in self.manifest.segments}
+        gone = [chunk for chunk in self.log.segments() if chunk not in named]
+        if gone:
+            self.log.drop_segments(gone)
 
     def _attach_index(self, clean: bool, nonce: int) -> str | None:
         try:
@@ -145,7 +153,8 @@ class Engine:
                 self.promised = recovery.promised(self.log, instance)
                 self._now_in(self.manifest.epoch, signs)
                 try:
-                    _core.create_index(self.log, None, recovery.expected_keys(self), self.manifest.epoch, signs[0])
+                    _core.create_index(self.log, None, recovery.expected_keys(self), self.manifest.epoch, signs[0],
+                                       [segment.chunk for segment in self.manifest.segments])
                     recovery.rebuild(self, why)
                     return
                 except (CorruptionError, FileNotFoundError):
@@ -155,7 +164,7 @@ class Engine:
     @contextmanager
     def _building(self) -> Iterator[None]:
         """While the index is not whole, other threads wait; if it cannot be built, they are told why."""
-        with self._lock:
+        with self.lock:
             self.log.build(True)
             try:
                 yield
@@ -168,7 +177,7 @@ class Engine:
 
     def _await_turn(self) -> None:
         """Returns when nobody builds the index or changes what is appended to."""
-        with self._lock:
+        with self.lock:
             if self._orphaned:          # by a thread that a fork has left behind
                 self._orphaned = False
                 self._take_index()
@@ -182,14 +191,14 @@ class Engine:
 
     def after_fork(self) -> None:
         """In the child, where only the thread lives that forked."""
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         if hasattr(self, "log"):
             self._orphaned = self.log.building
             self.log.become_reader()
 
     def release(self) -> None:
         """Lets everything go, whatever state it is in."""
-        with self._lock:
+        with self.lock:
             self._release()
 
     def _release(self) -> None:
@@ -238,7 +247,7 @@ class Engine:
     def _map_location(self, location: int, known: int) -> bool:
         """Maps the segment of a location, of which `known` bytes were, or more of it; False if there is no more."""
         chunk = location >> _core.CHUNK_UNITS
-        with self._lock:
+        with self.lock:
             segment = self.manifest.segment_at(chunk)
             try:
                 if segment is not None:
@@ -256,19 +265,24 @@ class Engine:
 
     def _index_changed(self) -> None:
         """The control page says something new: another index, another epoch, or, where ours is our own, a write."""
-        with self._lock:
+        with self.lock:
             signs = self.log.signs
-            if self._read_manifest()[0].epoch != self._epoch:
+            found, _ = self._read_manifest()
+            if found.epoch != self._epoch:
                 self._take_index()
-            elif signs[0] == 0:         # a writer rebuilds the index; until it writes, ours is as good
-                self.log.heed((0, self._epoch if signs[1] else 0, signs[2]))
+            elif signs[0] == 0 and self.log.state["version"] >= signs[2]:
+                # a writer rebuilds the index; until it writes, ours is as good
+                self.log.heed((0, self._epoch if signs[1] else 0, *signs[2:]))
             elif signs[0] != self.log.nonce or self.log.index_is_private:
                 self._take_index()
-            # else the store is about to be cleared, and is not yet
+            else:                       # segments have gone, or the store is about to be cleared and is not yet
+                self.manifest = found
+                self._let_go()
+                self.log.heed_merges(signs[3])
 
     def _index_grew(self, known: int) -> bool:
         """Maps pages of the index that were added to the `known` ones; False if there are none."""
-        with self._lock:
+        with self.lock:
             if _core.index_bytes(self.log) > known * _core.PAGE:
                 return True
             try:
@@ -294,22 +308,45 @@ class Engine:
 
     def _index_damaged(self, why: str) -> None:
         """The index cannot be believed after all: one of our own takes its place."""
-        with self._lock:
+        with self.lock:
             self._build_own_index(why)
 
     def refresh(self) -> None:
         """Looks at the store anew."""
-        with self._lock:
+        with self.lock:
             self._check_not_closed()
             if not self.writable:
                 if self._control_fd < 0:
                     self._map_control()
-                if self._read_manifest()[0].epoch != self._epoch or self.log.index_is_private:
+                if self.log.index_is_private:
                     self._take_index()
+                else:
+                    self._index_changed()
+
+    def shares(self) -> list[tuple[Segment, int, int, int]]:
+        """Of each segment that counts: (segment, aligned bytes of its records, records alive, aligned bytes of these)."""
+        segments = [segment for segment in self.manifest.segments if not segment.replaced_by]
+        live = _core.live_shares(self.log, self.manifest.places())
+        for s in self.manifest.segments:
+            if s.replaced_by:           # its records are on their way there
+                other = next(o for o in segments if o.number == s.replaced_by)
+                live[other.chunk] = (live[other.chunk][0] + live[s.chunk][0], live[other.chunk][1] + live[s.chunk][1])
+        state = self.log.state
+        shares = []
+        for at, segment in enumerate(segments):
+            end = segment.end
+            if end is None and segment.number == state["number"]:
+                end = state["end"]
+            elif end is None and at + 1 < len(segments):
+                self.map_segment(segments[at + 1])
+                link = _core.read_link(self.log, segments[at + 1].chunk)
+                end = link[1] if link is not None and link[0] == segment.number else None
+            shares.append((segment, (end or _core.SEGMENT_HEADER) - _core.SEGMENT_HEADER, *live[segment.chunk]))
+        return shares
 
     def stats(self) -> dict[str, Any]:
         """What is known of the store now."""
-        with self._lock:                # nobody closes or empties it meanwhile
+        with self.lock:                # nobody closes or empties it meanwhile
             self._check_not_closed()
             return self._facts()
 
@@ -324,16 +361,16 @@ class Engine:
         state = self.log.state
         index = _core.index_facts(self.log)
         segments = []
-        for s in self.manifest.segments:
-            size, allocated = self.directory.size(s.name)
-            segments.append({"number": s.number, "sealed": s.sealed, "bytes": size, "allocated": allocated,
-                             "capacity": s.capacity,
-                             "records": s.records if s.sealed else None})
+        for s, size, records, live in self.shares():
+            length, allocated = self.directory.size(s.name)
+            segments.append({"number": s.number, "sealed": s.sealed, "bytes": length, "allocated": allocated,
+                             "capacity": s.capacity, "records": s.records if s.sealed else None,
+                             "live_records": records, "live_bytes": live, "dead_bytes": size - live})
         return {
             "path": self.directory.path,
             "keys": state["keys"],
-            "live_bytes": state["live_bytes"],
-            "dead_bytes": state["log_bytes"] - state["live_bytes"],
+            "live_bytes": sum(s["live_bytes"] for s in segments),
+            "dead_bytes": sum(s["dead_bytes"] for s in segments),
             "log_bytes": sum(s["bytes"] for s in segments),
             "index_bytes": index["bytes"],
             "index": index,

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from logkv._core import filesystem_magic
+from logkv._core import filesystem_magic, free_blocks
 from logkv.errors import Error, FormatError, LockedError, NotFoundError
 
 LOCK = "LOCK"
@@ -225,6 +225,15 @@ def allocate(fd: int, size: int, *, whole: bool = False) -> None:
             os.posix_fallocate(fd, have, size - have)
         elif not whole:
             write_at(fd, bytes(size - have), have)
+
+
+def free_space(fd: int, start: int) -> None:
+    """What was allocated behind a file's end proper, `start`, goes back to the file system; the file's length stays, for
+    readers have it mapped."""
+    start = -(-start // 4096) * 4096
+    length = os.fstat(fd).st_size - start
+    if length > 0:
+        free_blocks(fd, start, length)
 
 
 def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:

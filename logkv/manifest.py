@@ -30,6 +30,9 @@ class Segment:
     records: int = 0
     first_version: int = 0
     last_version: int = 0
+    tombstones: int = 0                 # bytes of those that its footer lists
+    merged: bool = False                # by compaction: in the order of keys
+    replaced_by: int = 0                # the segment that has all that is alive of this one; this one is about to go
 
     @property
     def name(self) -> str:
@@ -62,15 +65,23 @@ class Manifest:
         """A store with an identity and a seed of its own, and no segment yet."""
         return cls(identity=secrets.randbits(64), seed=secrets.token_bytes(16), codec=codec)
 
-    def add_segment(self, capacity: int) -> Segment:
-        """A successor, numbered and placed, at the end of the list."""
+    def new_segment(self, capacity: int) -> Segment:
+        """A segment, numbered and placed, that is not in the list yet."""
         segment = Segment(self.next_number, self.next_chunk, capacity, secrets.randbits(32))
         if segment.chunk + segment.chunks > CHUNKS:
             raise Error(f"the store is full: its {CHUNK * CHUNKS >> 40} TiB of locations have all been given out")
         self.next_number += 1
         self.next_chunk += segment.chunks
-        self.segments.append(segment)
         return segment
+
+    def add_segment(self, capacity: int) -> Segment:
+        """A successor, at the end of the list."""
+        self.segments.append(self.new_segment(capacity))
+        return self.segments[-1]
+
+    def places(self) -> list[tuple[int, int, int]]:
+        """(number, first chunk, chunks) of each segment."""
+        return [(segment.number, segment.chunk, segment.chunks) for segment in self.segments]
 
     def segment_at(self, chunk: int) -> Segment | None:
         """The segment that owns a chunk."""
@@ -153,18 +164,21 @@ class Manifest:
         """Raises ValueError if a number is not where it must be: what follows relies on them."""
         counts = [self.identity, self.generation, self.epoch, self.next_number, self.next_chunk, self.last_version,
                   self.cut_bytes, *(version for kept, first in self.cuts for version in (kept, first))]
-        chunk = 0
         for s in self.segments:
-            numbers = [s.number, s.chunk, s.capacity, s.records, s.first_version, s.last_version, s.end or 0]
+            numbers = [s.number, s.chunk, s.capacity, s.records, s.first_version, s.last_version, s.end or 0, s.tombstones,
+                       s.replaced_by]
             _expect(all(type(n) is int for n in numbers), f"segment {s.number} has something in place of a number")
             counts += numbers
             _expect(type(s.salt) is int and 0 <= s.salt < 1 << 32, f"segment {s.number} has salt {s.salt!r}")
             _expect(type(s.sealed) is bool and (s.end is not None or not s.sealed), f"segment {s.number} is sealed without end")
-            _expect(chunk <= s.chunk and s.capacity >= SEGMENT_HEADER and s.chunk + s.chunks <= CHUNKS,
+            _expect(s.capacity >= SEGMENT_HEADER and s.chunk + s.chunks <= CHUNKS,
                     f"segment {s.number} has {s.chunks} chunks from {s.chunk} on")
+            _expect(type(s.merged) is bool and (s.sealed or not s.merged and not s.replaced_by),
+                    f"segment {s.number} was merged and is not sealed")
             _expect(s.end is None or SEGMENT_HEADER <= s.end <= s.chunks * CHUNK, f"segment {s.number} ends at {s.end}")
             _expect(s.records <= s.chunks * CHUNK, f"segment {s.number} has {s.records} records")
-            chunk = s.chunk + s.chunks
+        placed = sorted(self.segments, key=lambda s: s.chunk)
+        _expect(all(a.chunk + a.chunks <= b.chunk for a, b in zip(placed, placed[1:])), "two segments share a chunk")
         _expect(all(type(n) is int and 0 <= n < 1 << 64 for n in counts), "a number is out of range")
         _expect(len({s.number for s in self.segments}) == len(self.segments), "two segments have one number")
         _expect(bool(self.segments) and not self.segments[-1].sealed, "no segment is there to be appended to")

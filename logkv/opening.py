@@ -29,10 +29,13 @@ class Options:
     sync: float | str = "os"                # "os", "always", or seconds
     segment_size: int = 256 << 20
     codec: str | None = field(default=None, compare=False)      # of a new store; an existing one has its own
-    background: bool = True                 # sealing and flushing on a thread of their own
+    compaction: str = "auto"                # "auto" or "manual"
+    compaction_rate: float | None = None    # bytes a second that compaction writes in the background; None: no limit
+    background: bool = True                 # sealing, flushing and compaction on threads of their own
 
     def __str__(self) -> str:
-        return f"sync={self.sync!r} and segment_size={self.segment_size:,}"
+        rate = "" if self.compaction_rate is None else f", compaction_rate={self.compaction_rate:,}"
+        return f"sync={self.sync!r}, segment_size={self.segment_size:,}, compaction={self.compaction!r}{rate}"
 
     def __post_init__(self) -> None:
         if isinstance(self.sync, str):
@@ -47,6 +50,13 @@ class Options:
         if not _core.SEGMENT_MIN <= self.segment_size <= _core.SEGMENT_MAX:
             raise ValueError(f"segment_size must be from {_core.SEGMENT_MIN:,} (64 KiB) to {_core.SEGMENT_MAX:,} "
                              f"(1 GiB) bytes, not {self.segment_size:,}")
+        if self.compaction not in ("auto", "manual"):
+            raise ValueError(f'compaction must be "auto" or "manual", not {self.compaction!r}')
+        rate = self.compaction_rate
+        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float))):
+            raise TypeError(f"compaction_rate must be a number of bytes a second, not {type(rate).__name__}")
+        if rate is not None and not rate > 0:
+            raise ValueError(f"compaction_rate must be more than 0 bytes a second, not {rate}")
 
 
 class Opening(Engine):
@@ -177,21 +187,24 @@ class Opening(Engine):
             files.sync_data(self._control_fd)
         self.map_segment(segment)
         _core.adopt_last(self.log, segment.chunk)
+        _core.restore_rows(self.log, self.manifest.places())
         number, end, version = self.log.restore_state()
         self.recovered = {"index": "clean" if trust.clean else "trusted", "cut_bytes": 0}
         return recovery.walk(self, segment, end, version, trusted=True)
 
-    def _rebuild(self, why: str) -> recovery.Tail:
-        """A new index from the log, in a file of its own until it is whole.
+    def _rebuild(self, why: str, expected: int | None = None) -> recovery.Tail:
+        """A new index from the log, in a file of its own until it is whole.  expected: keys, if that is known.
 
         Where the log is damaged this raises before the control page has changed: what that promised stays known.
         """
-        expected = recovery.expected_keys(self)
+        if expected is None:
+            expected = recovery.expected_keys(self)
         self.directory.unlink(files.INDEX_NEXT)
         with self._building():
             self._keep_index(self.directory.open(files.INDEX_NEXT, writable=True, create=True, exclusive=True))
-            files.allocate(self._index_fd, _core.index_pages(expected) * _core.PAGE)
-            _core.create_index(self.log, self._index_fd, expected, self.manifest.epoch, secrets.randbits(63) + 1)
+            chunks = [segment.chunk for segment in self.manifest.segments]
+            files.allocate(self._index_fd, _core.index_pages(expected, len(chunks)) * _core.PAGE)
+            _core.create_index(self.log, self._index_fd, expected, self.manifest.epoch, secrets.randbits(63) + 1, chunks)
             tail = recovery.rebuild(self, why)
         self.log.distrust_index()
         self.log.mark_dirty()
@@ -241,8 +254,12 @@ class Opening(Engine):
         self._set_active(tail.segment, size, tail.end)
         if version != tail.version or self.recovered["index"] == "rebuilt":
             self.log.settle_state(tail.segment.number, tail.end, version)
+        gone = [s for s in current.segments if s.replaced_by and self.recovered["index"] == "rebuilt"]
+        current.segments = [s for s in current.segments if s not in gone]
         # Where only the generation is new, its loss to a power cut loses nothing.
-        self._write_manifest(current, durable=lost > 0 or self.recovered["index"] == "rebuilt")
+        self.write_manifest(current, durable=lost > 0 or self.recovered["index"] == "rebuilt")
+        for segment in gone:
+            self.directory.unlink(segment.name)
         if self.recovered["index"] == "rebuilt":
             self._vouch_index(_core.index_nonce(self.log))
             self.directory.sync()
@@ -299,7 +316,7 @@ class Opening(Engine):
 
     # -- MANIFEST and trust -----------------------------------------------------------------------------
 
-    def _write_manifest(self, new: Manifest, *, durable: bool = True) -> None:
+    def write_manifest(self, new: Manifest, *, durable: bool = True) -> None:
         """Replaces the MANIFEST.  The control page is told before the rename, so a kill around it costs no trust."""
         new.generation = self.manifest.generation + 1
         new.last_version = max(new.last_version, self.log.state["version"])
@@ -366,15 +383,15 @@ class Opening(Engine):
         for chunk, start, stop in parts:
             records += _core.copy_records(self.log, chunk, start, stop, copy.salt, START + len(records))
         self._create_segment(new, copy, records)
-        self._write_manifest(new)
+        self.write_manifest(new)
         for old in segments[at + 1:]:
             self._drop(old)
         self.log.note_sync_failure(0)
         return self._rebuild("a sync had failed")
 
 
-def file_step(size: int, capacity: int, needed: int) -> int:
-    """How long a segment's file becomes: twice as long, within bounds, and as long as is needed."""
-    step = max(FIRST_STEP, min(2 * size, size + LARGEST_STEP), needed)
+def file_step(size: int, capacity: int, needed: int, largest: int = LARGEST_STEP) -> int:
+    """How long a segment's file becomes: twice as long, or by the largest step, and as long as is needed."""
+    step = max(FIRST_STEP, min(2 * size, size + largest), needed)
     page = _core.PAGE
     return max(size, min(-(-step // page) * page, -(-capacity // page) * page))

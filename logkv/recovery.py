@@ -132,15 +132,17 @@ def rebuild(engine: Engine, why: str) -> Tail:
         if not segment.sealed:
             first_open = segment
             break
+        version = max(version, segment.last_version)
+        done += sizes[segment.number]
+        if segment.replaced_by:
+            continue
         engine.map_segment(segment)
         assert segment.end is not None
         if _core.replay_footer(log, segment.number, segment.chunk, segment.end) is None:
-            reason, end, last, _ = _core.replay(log, segment.number, segment.chunk, START, segment.end, 0)
+            reason, end, _, _ = _core.replay(log, segment.number, segment.chunk, START, segment.end, 0, segment.merged)
             scanned += 1
             if end != segment.end:
                 raise _damage(engine, segment, end, reason)
-        version = max(version, segment.last_version)
-        done += sizes[segment.number]
     assert first_open is not None, "a MANIFEST ends with a segment that is not sealed"
     tail = walk(engine, first_open, START, version)
     engine.progress(total, total)
@@ -176,6 +178,8 @@ def expected_keys(engine: Engine) -> int:
     """A guess at the number of entries, to size a new index: what the footers list, 128 bytes each for the rest."""
     total = 0
     for segment in engine.manifest.segments:
+        if segment.replaced_by:
+            continue
         if segment.sealed:
             total += segment.records
         else:

@@ -26,6 +26,7 @@ V = TypeVar("V")
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Key = bytes | str
 Sync = float | Literal["os", "always"]
+Compaction = Literal["auto", "manual"]
 _MISSING = object()
 
 
@@ -33,6 +34,8 @@ class _Options(TypedDict, total=False):
     sync: Sync
     segment_size: int
     timeout: float
+    compaction: Compaction
+    compaction_rate: float | None
     progress: Progress | None
 
 
@@ -390,6 +393,19 @@ class _WritingHandle(_Handle[V]):
         elif self._writes:
             raise ReadOnlyError(f"{self._path} is open for reading only in the child of a fork")
 
+    def compact(self, *, progress: Progress | None = None) -> None:
+        """Drops all that is dead: deleted and overwritten records, and tombstones that nothing needs any more.  Reads and
+        writes go on meanwhile.
+
+        progress: called as progress(done, total), in bytes of records.  What was done stays done where this raises:
+        CorruptionError (a record is damaged: its segment stays), Error (a full disk), ReadOnlyError, ClosedError.  Takes
+        the time to copy what is alive in segments of which something is dead; the disk needs room for the largest segment.
+        """
+        engine = self._open_engine()
+        if not isinstance(engine, Writing) or not engine.log.writable:
+            raise ReadOnlyError(f"{self._path} is open for reading only")
+        engine.compactor.everything(progress or (lambda done, total: None))
+
 
 class Writer(_WritingHandle[V], _core.WriteHandle[V]):
     """The single writer of a store; of the reading half it has `get`, `[]`, `in`, `len` and iteration over keys.  `Store`
@@ -420,10 +436,11 @@ class Writer(_WritingHandle[V], _core.WriteHandle[V]):
                  **options: Unpack[_Options]) -> None: ...
 
     def __init__(self, path: Path, *, mode: int = 0o666, sync: Sync = "os", segment_size: int = 256 << 20,
-                 timeout: float = 0, codec: Any = None, progress: Progress | None = None) -> None:
+                 timeout: float = 0, codec: Any = None, compaction: Compaction = "auto",
+                 compaction_rate: float | None = None, progress: Progress | None = None) -> None:
         """Opens the store at `path` for writing and creates it if it is missing; the arguments are `open`'s."""
         name = os.fsdecode(path)
-        options = Options(sync, segment_size, codecs.resolve(codec).name)
+        options = Options(sync, segment_size, codecs.resolve(codec).name, compaction, compaction_rate)
         self._hold(_acquire_writer(name, "c", mode, options, timeout, progress), name, codec)
 
     def __reduce__(self) -> Any:
@@ -450,13 +467,13 @@ class Store(_WritingHandle[V], _Reading[V], _core.WriteHandle[V], MutableMapping
                  **options: Unpack[_Options]) -> None: ...
 
     def __init__(self, path: Path, flag: str = "c", mode: int = 0o666, *, sync: Sync = "os",
-                 segment_size: int = 256 << 20, timeout: float = 0, codec: Any = None,
-                 progress: Progress | None = None) -> None:
+                 segment_size: int = 256 << 20, timeout: float = 0, codec: Any = None, compaction: Compaction = "auto",
+                 compaction_rate: float | None = None, progress: Progress | None = None) -> None:
         """Opens the store at `path`; see `logkv.open`."""
         name = os.fsdecode(path)
         if flag not in ("r", "w", "c", "n"):
             raise ValueError(f'flag must be "r", "w", "c" or "n", not {flag!r}')
-        options = Options(sync, segment_size, codecs.resolve(codec).name)
+        options = Options(sync, segment_size, codecs.resolve(codec).name, compaction, compaction_rate)
         engine = _acquire_reader(name, progress) if flag == "r" else \
             _acquire_writer(name, flag, mode, options, timeout, progress)
         self._hold(engine, name, codec)
@@ -511,6 +528,10 @@ class Store(_WritingHandle[V], _Reading[V], _core.WriteHandle[V], MutableMapping
             raise ReadOnlyError(f"{self._path} is open for reading only")
         engine.clear(engine.codec)
 
+    def reorganize(self) -> None:
+        """`compact()`, by the name that it has in `dbm`."""
+        self.compact()
+
     def __reversed__(self) -> Iterator[bytes]:
         raise TypeError("a LogKV store keeps no order of insertion")
 
@@ -530,7 +551,8 @@ def open(path: Path, flag: str = ..., mode: int = ..., *, codec: SupportsCodec[V
 
 
 def open(path: Path, flag: str = "c", mode: int = 0o666, *, sync: Sync = "os", segment_size: int = 256 << 20,
-         timeout: float = 0, codec: Any = None, progress: Progress | None = None) -> Store[Any]:
+         timeout: float = 0, codec: Any = None, compaction: Compaction = "auto", compaction_rate: float | None = None,
+         progress: Progress | None = None) -> Store[Any]:
     """Opens a store and returns a Store: a mapping of bytes to bytes, or to what the codec makes of them.
 
     path: its directory.
@@ -545,6 +567,9 @@ def open(path: Path, flag: str = "c", mode: int = 0o666, *, sync: Sync = "os", s
     codec: what the values are, if not bytes: "str", "json", "pickle" (never for a store of somebody you do not trust:
         unpickling runs what the store says), or an object with `encode(value) -> bytes | str` and
         `decode(bytes) -> value`.  Its name is kept in the store, which is not opened with another one.
+    compaction: "auto": dead records are dropped in the background, so that the store takes at most some 2.5 times its live
+        data and 32 MiB.  "manual": only by `compact()`.
+    compaction_rate: bytes a second that this may write in the background; None: no limit.
     progress: called as progress(done, total), in bytes of the log, while the index is rebuilt: after a power cut, or in
         a copy of an open store.
 
@@ -561,7 +586,8 @@ def open(path: Path, flag: str = "c", mode: int = 0o666, *, sync: Sync = "os", s
     b'4411.99'
     >>> db.close()
     """
-    return Store(path, flag, mode, sync=sync, segment_size=segment_size, timeout=timeout, codec=codec, progress=progress)
+    return Store(path, flag, mode, sync=sync, segment_size=segment_size, timeout=timeout, codec=codec,
+                 compaction=compaction, compaction_rate=compaction_rate, progress=progress)
 
 
 __all__ = ["Reader", "Store", "Writer", "open"]

@@ -161,6 +161,11 @@ class _Verification:
         if now is None or (now[0].epoch, now[0].cut_bytes) != (self.current.epoch, self.current.cut_bytes):
             raise _Changed
 
+    def _is_named(self, segment: Segment) -> bool:
+        """Whether the MANIFEST still names it."""
+        now = manifest.read(self.directory)
+        return now is not None and now[0].segment_numbered(segment.number) is not None
+
     def _place_of(self, location: int) -> tuple[None, None, int]:
         return None, None, location         # what the mapping of our own asks where a page cannot be read
 
@@ -175,7 +180,7 @@ class _Verification:
             done, total = 0, sum(sizes)
             for at, (segment, size) in enumerate(zip(segments, sizes, strict=True)):
                 self.progress(done, total)
-                if size > START and not (active and segment.number > active):   # a successor has no record yet
+                if size > START and (segment.sealed or not active or segment.number <= active):    # a successor has no record yet
                     stop = segment.end
                     if stop is None and segment.number == active:
                         stop = end
@@ -196,6 +201,8 @@ class _Verification:
             fd = self.directory.open(segment.name)
         except FileNotFoundError:
             self._check_unchanged()
+            if not self._is_named(segment):
+                raise _Changed from None        # it was compacted
             self._found("a file that the MANIFEST names is missing", segment, None, "a segment", "nothing")
             return 0
         try:
@@ -214,7 +221,7 @@ class _Verification:
         stop = UNKNOWN if end is None else end
         offset, version, whole = START, 0, True
         while True:
-            reason, offset, version, records = _core.survey(self.log, segment.chunk, offset, stop, version)
+            reason, offset, version, records = _core.survey(self.log, segment.chunk, offset, stop, version, segment.merged)
             self.report.records += records
             if offset >= stop:
                 break
@@ -233,8 +240,13 @@ class _Verification:
             self._check_footer(segment, stop)
 
     def _check_footer(self, segment: Segment, end: int) -> None:
-        footer, records, first, last = _core.build_footer(self.log, segment.chunk, end)
-        fd = self.directory.open(segment.name)
+        footer, records, first, last, tombstones = _core.build_footer(self.log, segment.chunk, end)
+        try:
+            fd = self.directory.open(segment.name)
+        except FileNotFoundError:
+            if self._is_named(segment):
+                raise
+            return                              # it was compacted meanwhile
         try:
             found = files.read_at(fd, len(footer), end)
         finally:
@@ -242,10 +254,12 @@ class _Verification:
         if found != footer:
             self._found("the footer does not list the segment's records", segment, end,
                         f"crc32c {_core.checksum(footer):08x}", f"{_core.checksum(found):08x}")
-        said = (segment.records, segment.first_version, segment.last_version)
-        if said != (records, first, last):
-            self.report._say(Problem(f"what is said of {segment.name} is wrong", files.MANIFEST, None,
-                                     f"records, first and last version {(records, first, last)}", str(said)))
+        said = (segment.records, segment.first_version, segment.last_version, segment.tombstones)
+        if segment.merged and segment.first_version <= first and last <= segment.last_version:
+            first, last = segment.first_version, segment.last_version       # of all that was merged
+        if said != (records, first, last, tombstones):
+            self.report._say(Problem(f"what is said of {segment.name} is wrong", files.MANIFEST, None, "records, first and "
+                                     f"last version, bytes of tombstones {(records, first, last, tombstones)}", str(said)))
 
     def _found(self, message: str, segment: Segment, offset: int | None, expected: str, found: str) -> None:
         self.report._say(Problem(message, segment.name, offset, expected, found))
@@ -261,10 +275,14 @@ class _Verification:
             return
         for _ in range(ATTEMPTS):
             version = engine.log.state["version"]
+            before = self._merged()
             fresh = self._open(_Fresh)
             if fresh is None:
                 return                          # the log is damaged, and that was said
             try:
+                if before is None and not files.has_writer(self.directory):
+                    self.report.notes.append("a writer died while it merged segments: the next one finishes it")
+                    return
                 if engine.log.state["version"] != version:
                     continue
                 if fresh.log.state["version"] != version and not files.has_writer(self.directory):
@@ -284,7 +302,8 @@ class _Verification:
             if engine.log.index_is_private or engine.log.nonce != nonce:
                 self._say_why_not(engine)
                 return
-            if state["version"] == version and not (state["begun"] and files.has_writer(self.directory)):
+            if state["version"] == version and not (state["begun"] and files.has_writer(self.directory)) and \
+                    before is not None and before == self._merged():
                 if version != self.scanned:
                     self.report.notes.append("the store was written to meanwhile: its records are those of the beginning, "
                                              "its keys those of the end")
@@ -294,6 +313,13 @@ class _Verification:
         self.report.keys = engine.log.state["keys"]
         self.report.notes.append("the index was not compared with the log: the store was written to all the time; its keys "
                                  "were counted at the end, its records as of the beginning")
+
+    def _merged(self) -> list[int] | None:
+        """What segments there are; None while some are being merged."""
+        now = manifest.read(self.directory)
+        if now is None or any(segment.replaced_by for segment in now[0].segments):
+            return None
+        return [segment.number for segment in now[0].segments if segment.sealed]
 
     def _say_why_not(self, engine: Engine) -> None:
         """The index is not in use: damaged, or only of no use after a power cut or in a copy."""

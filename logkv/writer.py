@@ -10,17 +10,19 @@ import os
 import secrets
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from logkv import _core, files, manifest
+from logkv.compaction import Compactor
 from logkv.engine import Engine, Progress
 from logkv.errors import ClosedError, Error, ReadOnlyError
 from logkv.manifest import Manifest, Segment
-from logkv.opening import START, Opening, Options, file_step
+from logkv.opening import LARGEST_STEP, START, Opening, Options, file_step
 from logkv.worker import Worker
 
+LARGE_INDEX = 4     # how many times larger than needed an index is built anew
 PATIENCE = 0.05     # seconds after which the worker, where it waits, looks whether the store is being closed
 
 _alive: weakref.WeakSet[Writing] = weakref.WeakSet()    # also those that are just being opened or closed
@@ -29,7 +31,7 @@ _alive: weakref.WeakSet[Writing] = weakref.WeakSet()    # also those that are ju
 class Writing(Opening):
     """A store, open for writing, shared by all handles of the process that write it.
 
-    Locks are taken in the order `_seal_lock`, `_sync_lock`, `_lock`; a put's fast path takes none of them.  They may
+    Locks are taken in the order `_seal_lock`, `_sync_lock`, `lock`; a put's fast path takes none of them.  They may
     be taken twice, for a signal's handler or a finalizer may close the store in the middle of anything; the worker,
     whose end it waits for then, gives up what it would have to wait for.
     """
@@ -40,20 +42,28 @@ class Writing(Opening):
         self._turn = threading.Condition(self._turn_lock)       # who syncs next
         self._leader: int | None = None         # the thread that syncs for all who wait
         self._sync_lock = threading.RLock()     # one fdatasync of the log at a time
-        self._seal_lock = threading.RLock()     # `_lock`, of Engine, holds the MANIFEST, the active segment, rotation
+        self._seal_lock = threading.RLock()     # `lock`, of Engine, holds the MANIFEST, the active segment, rotation
         self._worker = Worker(self)
+        self._merger = Worker(self)
+        self.compactor = Compactor(self)        # its lock comes before all of these
         self.problem: BaseException | None = None   # the last failure on the background thread
         self._closing = False
+        self._full_at = options.segment_size    # bytes at which a segment is sealed; fewer where much is dead
         _alive.add(self)
         super().__init__(directory, options, create=create, timeout=timeout, check=check, progress=progress)
 
     def _open(self) -> None:
         super()._open()
         self._request_sealing()
+        self._request_compaction()
 
-    def _holding(self, lock: threading.RLock) -> AbstractContextManager[Any]:
+    def holding(self, lock: threading.RLock) -> AbstractContextManager[Any]:
         """The lock, for a `with` statement.  On the worker's thread: ClosedError if the store is closed meanwhile."""
-        return self._patiently(lock) if self._worker.runs_here() else lock     # which no signal's exception can leak
+        return self._patiently(lock) if self.in_background() else lock     # which no signal's exception can leak
+
+    def in_background(self) -> bool:
+        """Whether the calling thread is one of the workers'."""
+        return self._worker.runs_here() or self._merger.runs_here()
 
     @contextmanager
     def _patiently(self, lock: threading.RLock) -> Iterator[None]:
@@ -72,16 +82,21 @@ class Writing(Opening):
 
     def _make_room(self, need: int) -> None:
         """The next record does not fit into what is allocated: more of the segment, or the next one."""
+        store = self.compactor.make_space()
+        if store is not None and store.due:
+            self._request_compaction()
         while True:
-            with self._lock, files.full_disk_is_an_error(self.directory.path, "make room for a record"):
-                self._check_open()
+            with self.lock, files.full_disk_is_an_error(self.directory.path, "make room for a record"):
+                self.check_open()
                 number, end = self.log.position
                 if end + need <= self.log.allocated:
                     return
                 full = self._full_segments()
-                if end + need <= self.log.capacity:
-                    self._grow_file(end + need)
-                    if end > self.log.capacity // 2 and not full and self._successor() is None:
+                self._full_at = store.early if store is not None and store.due else self.options.segment_size
+                full_at = min(self.log.capacity, self._full_at)
+                if end + need <= full_at or end + need <= self.log.capacity and end < START + _core.PAGE:
+                    self._grow_file(end + need, LARGEST_STEP if store is None else store.largest_step)
+                    if end > full_at // 2 and not full and self._successor() is None:
                         self._request(self._prepare)
                     return
                 if not full:
@@ -90,11 +105,11 @@ class Writing(Opening):
             self._seal_oldest()         # at most one full segment is unsealed: this put waits
         self._request_sealing()
 
-    def _grow_file(self, needed: int) -> None:
+    def _grow_file(self, needed: int, largest: int) -> None:
         fd = self._fds[self._active.number]
         have = os.fstat(fd).st_size
         try:
-            files.allocate(fd, file_step(have, self._active.capacity, needed))
+            files.allocate(fd, file_step(have, self._active.capacity, needed, largest))
         except OSError as problem:
             if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
@@ -121,9 +136,10 @@ class Writing(Opening):
 
     def _prepare(self, need: int = 0) -> None:
         """Makes the successor: its file on the device, then its name in the MANIFEST, before its first record."""
-        with self._holding(self._lock):
-            self._check_open()
-            capacity = max(self.options.segment_size, START + _core.CONTINUES_SIZE + need)
+        with self.holding(self.lock):
+            self.check_open()
+            chunks = -(-self._full_at // _core.CHUNK)       # no more of the location space than it will use
+            capacity = max(min(self.options.segment_size, chunks * _core.CHUNK), START + _core.CONTINUES_SIZE + need)
             old = self._successor()
             if old is not None and old.capacity >= capacity:
                 return
@@ -132,7 +148,7 @@ class Writing(Opening):
                 new.segments.pop()
             segment = new.add_segment(capacity)
             self._create_segment(new, segment)
-            self._write_manifest(new)
+            self.write_manifest(new)
             if old is not None:
                 self._drop(old)
 
@@ -154,15 +170,48 @@ class Writing(Opening):
         if self._full_segments():
             self._request(self._seal_oldest)
 
+    def _request_compaction(self) -> None:
+        if self.options.background:
+            self._merger.call(self.compact_soon)
+        else:
+            self.compact_soon()
+
+    def compact_soon(self) -> None:
+        """On the merger's thread: what there is to compact."""
+        delay = self.compactor.in_background()
+        if delay is not None and self.options.background:
+            self._merger.call_later(delay, self.compact_soon)
+
+    def seal_all(self) -> None:
+        """Every segment that has something dead, the one that is appended to too."""
+        rotated = False
+        while True:
+            with self.lock, files.full_disk_is_an_error(self.directory.path, "seal the active segment"):
+                self.check_open()
+                if not self._full_segments():
+                    if rotated or not self.compactor.has_dead(self._active):
+                        return
+                    self._rotate(0)
+                    rotated = True
+            self._seal_oldest()
+
+    def forget(self, gone: Sequence[Segment]) -> None:
+        """Segments that the MANIFEST does not name any more: readers are told, then mappings and files go."""
+        self.log.note_merge()
+        self.log.drop_segments([segment.chunk for segment in gone])
+        for segment in gone:
+            _core.drop_row(self.log, segment.chunk)
+            self._drop(segment)
+
     def _seal_oldest(self) -> None:
         """Seals the oldest full segment: records synced, footer written, synced, then `sealed` in the MANIFEST."""
-        with self._holding(self._seal_lock), files.full_disk_is_an_error(self.directory.path, "seal a full segment"):
-            self._check_open()
+        with self.holding(self._seal_lock), files.full_disk_is_an_error(self.directory.path, "seal a full segment"):
+            self.check_open()
             full = self._full_segments()
             if not full:
                 return
             segment = full[0]
-            with self._holding(self._lock):
+            with self.holding(self.lock):
                 following = self.manifest.segments[self.manifest.segments.index(segment) + 1]
                 fd, following_fd = self._fd_of(segment), self._fd_of(following)
                 self.map_segment(segment)
@@ -172,24 +221,42 @@ class Writing(Opening):
                     link = _core.read_link(self.log, following.chunk)
                     assert link is not None and link[0] == segment.number
                     end = link[1]
-            with self._holding(self._sync_lock):
+                dead = segment is self.manifest.segments[0] and self.compactor.is_dead(segment)
+            if dead:
+                self._drop_dead(segment, following_fd)
+                return
+            with self.holding(self._sync_lock):
                 self._sync_fd(fd)
                 self._sync_fd(following_fd)     # a segment behind a sealed one begins with its link, whatever happens
-            footer, records, first, last = _core.build_footer(self.log, segment.chunk, end)
+            footer, records, first, last, tombstones = _core.build_footer(self.log, segment.chunk, end)
             files.allocate(fd, end + len(footer))
             files.write_at(fd, footer, end)
-            with self._holding(self._sync_lock), self._holding(self._lock):
+            with self.holding(self._sync_lock), self.holding(self.lock):
                 self._sync_fd(fd)
-                self._check_open()
+                self.check_open()
                 new = self.manifest.copy()
                 sealed = new.segment_numbered(segment.number)
                 assert sealed is not None
                 sealed.sealed, sealed.end, sealed.records = True, end, records
-                sealed.first_version, sealed.last_version = first, last
-                self._write_manifest(new)
+                sealed.first_version, sealed.last_version, sealed.tombstones = first, last, tombstones
+                self.write_manifest(new)
+                files.free_space(fd, end + len(footer))
                 self._close_fd(segment)
                 if self.log.trust["durable"] < (following.number, START):
                     self.log.note_durable(following.number, START)
+        self._request_compaction()
+
+    def _drop_dead(self, segment: Segment, following_fd: int) -> None:
+        """The oldest segment, of which nothing is alive, needs no footer: nothing older can come back without it.  What made
+        it dead, all of it in the segment that follows, must be on the device."""
+        with self.holding(self._sync_lock):
+            self._sync_fd(following_fd)
+        with self.holding(self._sync_lock), self.holding(self.lock):
+            self.check_open()
+            new = self.manifest.copy()
+            del new.segments[0]
+            self.write_manifest(new)
+            self.forget([segment])
 
     # -- the device -------------------------------------------------------------------------------------
 
@@ -202,7 +269,7 @@ class Writing(Opening):
         me = threading.get_ident()
         with self._turn_lock:
             while self._leader not in (None, me) and (self._synced_version or 0) < version:
-                if not self._turn.wait(PATIENCE) and self._worker.runs_here():
+                if not self._turn.wait(PATIENCE) and self.in_background():
                     self._give_way()
             if (self._synced_version or 0) >= version:
                 return
@@ -215,14 +282,14 @@ class Writing(Opening):
                 self._turn.notify_all()
 
     def _sync_now(self) -> None:
-        with self._holding(self._sync_lock):
+        with self.holding(self._sync_lock):
             if self.log.closed:
                 raise ClosedError("the store is closed")
             if not self.writable:
                 raise ReadOnlyError("the store is open for reading only")
             if self.log.poisoned:
                 raise Error(self.log.poisoned)
-            with self._holding(self._lock):
+            with self.holding(self.lock):
                 number, end = self.log.position
                 covered = self.log.state["version"]
                 fds = [self._fd_of(segment) for segment in [*self._full_segments(), self._active]]
@@ -230,7 +297,7 @@ class Writing(Opening):
                 self._sync_fd(fd)
             if self.directory.removed():
                 raise Error(errno.ENOENT, "the store's directory was removed: nothing of it is kept", self.directory.path)
-            with self._holding(self._lock):
+            with self.holding(self.lock):
                 self.log.note_durable(number, end)
                 self.log.synced(covered)
                 self._synced_version = _core.append_mark(self.log, number, end, covered)
@@ -256,9 +323,9 @@ class Writing(Opening):
 
         What comes is encoded with `codec`.
         """
-        with self._seal_lock, self._sync_lock, self._lock, \
+        with self._seal_lock, self._sync_lock, self.lock, \
                 files.full_disk_is_an_error(self.directory.path, "empty the store"):
-            self._check_open()
+            self.check_open()
             self.log.pause(True)            # puts take no lock: they wait here
             try:
                 self._begin_anew(codec)
@@ -282,10 +349,10 @@ class Writing(Opening):
         self.directory.unlink(files.INDEX_NEXT)
         index_fd = self.directory.open(files.INDEX_NEXT, writable=True, create=True, exclusive=True)
         try:
-            files.allocate(index_fd, _core.index_pages(0) * _core.PAGE)
+            files.allocate(index_fd, _core.index_pages(0, 1) * _core.PAGE)
             self.log.note_epoch(new.epoch)      # readers look at the MANIFEST until the new index is named
             old = self.manifest.segments
-            self._write_manifest(new)
+            self.write_manifest(new)
         except BaseException:
             os.close(index_fd)
             self.log.note_epoch(self.manifest.epoch)
@@ -294,9 +361,9 @@ class Writing(Opening):
             self.directory.rename(files.INDEX_NEXT, files.INDEX)
             self._keep_index(index_fd)
             with self._building():
-                _core.create_index(self.log, index_fd, 0, new.epoch, secrets.randbits(63) + 1)
+                _core.create_index(self.log, index_fd, 0, new.epoch, secrets.randbits(63) + 1, [segment.chunk])
                 self._set_active(segment, size, START + len(records))
-                self.log.settle_state(segment.number, START + len(records), version, len(records))
+                self.log.settle_state(segment.number, START + len(records), version)
             self.log.pause(True)
             self._epoch = new.epoch
             self.codec = codec
@@ -314,22 +381,41 @@ class Writing(Opening):
     # -- the index's file -------------------------------------------------------------------------------
 
     def _index_pages(self, pages: int) -> None:
-        with self._lock, files.full_disk_is_an_error(self.directory.path, "make room in the index"):
-            self._check_open()
+        with self.lock, files.full_disk_is_an_error(self.directory.path, "make room in the index"):
+            self.check_open()
             files.allocate(self._index_fd, pages * _core.PAGE)
             _core.extend_index(self.log, self._index_fd, pages)
 
     def _index_damaged(self, why: str) -> None:
         """A shard fails its checksum: the log has it all.  If it cannot be built from that, writing ends."""
-        with self._lock:
-            active, end, version = self._active, self.log.position[1], self.log.state["version"]
+        with self.lock:
+            self._index_anew(why)
+
+    def _index_anew(self, why: str, expected: int | None = None) -> None:
+        active, end, version = self._active, self.log.position[1], self.log.state["version"]
+        try:
+            self._rebuild(why, expected)
+            self.log.settle_state(active.number, end, version)
+            self._vouch_index(_core.index_nonce(self.log))
+        except BaseException as problem:
+            self._stop_writes(problem, f"the index was built anew ({why})")
+            raise
+
+    def shrink_index(self) -> None:
+        """An index that is much larger than its keys need is built anew, while writes wait."""
+        with self._seal_lock, self._sync_lock, self.lock, \
+                files.full_disk_is_an_error(self.directory.path, "build a smaller index"):
+            self.check_open()
+            keys = self.log.state["keys"]
+            if _core.index_bytes(self.log) < LARGE_INDEX * _core.index_pages(keys, len(self.manifest.segments)) * _core.PAGE:
+                return
+            recovered = self.recovered
+            self.log.pause(True)
             try:
-                self._rebuild(why)
-                self.log.settle_state(active.number, end, version)
-                self._vouch_index(_core.index_nonce(self.log))
-            except BaseException as problem:
-                self._stop_writes(problem, f"a damaged index was built anew ({why})")
-                raise
+                self._index_anew("it was larger than needed", keys)
+            finally:
+                self.log.pause(False)
+                self.recovered = recovered
 
     # -- background and end -----------------------------------------------------------------------------
 
@@ -345,7 +431,7 @@ class Writing(Opening):
         if not self._closing and not self.log.poisoned:
             self._flush_later()
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
         """Under the lock that what follows needs: close() takes them all before it lets anything go.  After a failed
         sync nothing may be called durable any more."""
         if self.log.poisoned:
@@ -360,13 +446,14 @@ class Writing(Opening):
             self.log.stop_writes()
             self._closing = True
             self._worker.stop()
+            self._merger.stop()
             if not self.log.poisoned and self.log.writable:
                 with files.full_disk_is_an_error(self.directory.path, "close the store"):
                     self.sync()
-                    with self._seal_lock, self._sync_lock, self._lock:
+                    with self._seal_lock, self._sync_lock, self.lock:
                         self._finish()
         finally:
-            with self._seal_lock, self._sync_lock, self._lock:
+            with self.compactor.lock, self._seal_lock, self._sync_lock, self.lock:
                 self.release()
 
     def _finish(self) -> None:
@@ -385,12 +472,13 @@ class Writing(Opening):
         self.writable = False
         super().after_fork()
         if hasattr(self, "log"):
-            self.log.heed((self.log.signs[0], self._epoch, 0))
+            self.log.heed((self.log.signs[0], self._epoch, 0, 0))
         self.__class__ = Engine         # type: ignore[assignment]
 
     def _facts(self) -> dict[str, Any]:
         facts = super()._facts()
         facts["active"] = self._active.number
+        facts["compaction"] = self.compactor.facts()
         facts["problem"] = None if self.problem is None else str(self.problem)
         facts["poisoned"] = self.log.poisoned
         return facts
