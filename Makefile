@@ -7,7 +7,8 @@ SOURCES := $(wildcard ext/*) setup.py pyproject.toml
 SECONDS ?= 60
 KIND ?= thread
 
-.PHONY: demo test bench bench-growth bench-compare proof market docs freethreaded sanitize annotate dist clean
+.PHONY: demo test bench bench-growth bench-compaction bench-compare proof soak market docs freethreaded sanitize annotate dist \
+	clean
 
 demo: $(VENV)/installed			## live prices from a writer and two readers, a kill, a recovery, a report
 	$(RUN) -m logkv demo
@@ -24,11 +25,17 @@ bench-growth: $(VENV)/bench		## 20,000,000 keys: every put timed, opening, rebui
 	$(RUN) -m benchmarks.growth --json build/growth.json --markdown build/growth.md --chart build $(ARGS)
 	$(RUN) -m benchmarks.sharing --json build/sharing.json --markdown build/sharing.md $(ARGS)
 
+bench-compaction: $(VENV)/bench		## disk use, bytes copied and throughput while a store compacts; ARGS="--operations 300000"
+	$(RUN) -m benchmarks.compaction --json build/compaction.json --markdown build/compaction.md --chart build $(ARGS)
+
 bench-compare: $(VENV)/bench		## pytest-benchmark against the last saved run; ARGS="--shapes 8+20"
 	$(RUN) -m pytest benchmarks --benchmark-enable --benchmark-only --benchmark-autosave --benchmark-compare $(ARGS)
 
 proof: $(VENV)/tools			## crash states, kills, flipped bits, stress: SECONDS=60 each
 	$(RUN) -m tests.proof --seconds $(SECONDS)
+
+soak: $(VENV)/tools			## a store beside a dict through merges of any neighbours: SECONDS=60
+	$(RUN) -m tests.proof.soak --seconds $(SECONDS)
 
 docs: $(VENV)/installed			## docs/api.md from the docstrings
 	$(RUN) docs/reference.py

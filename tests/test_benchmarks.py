@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 import logkv
-from benchmarks import growth, sharing
+from benchmarks import compaction, growth, sharing
 from benchmarks.results import Measured, Run
-from benchmarks.workloads import ENGINES, OPENINGS, SHAPES, WORKLOADS, Bench, Shape, engine_named
+from benchmarks.workloads import ENGINES, OPENINGS, SHAPES, WORKLOADS, Bench, Shape, disk_bytes, engine_named
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--keys", "300", "--rounds", "2", "--shape", "8+20", "--shape", "16+100"]
@@ -245,3 +245,98 @@ def test_nothing_is_said_of_scaling_where_dicts_do_not_scale(together: float, sa
     found = sharing.Sharing("", "", (0, 0), 1, 0, False, sharing.Memory([private], [private]), rates)
     assert [target.found for target in sharing.targets(found)][1:] == [pytest.approx(0.97)] * said
     assert ("too busy" in sharing.page(found)) == (not said)
+
+
+@pytest.fixture(scope="module")
+def compacted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with what a small run of benchmarks.compaction wrote, and in stores/ what it left."""
+    found = tmp_path_factory.mktemp("compaction")
+    (found / "stores").mkdir()
+    ended = run("--operations", "5000", "--keys", "300", "--rounds", "2", "--directory", found / "stores", "--json",
+                found / "run.json", "--markdown", found / "page.md", module="benchmarks.compaction")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == (found / "page.md").read_text()
+    return found
+
+
+def test_compaction_is_measured_with_and_without(compacted: Path) -> None:
+    found = compaction.Compaction.load(compacted / "run.json")
+    assert [(run.workload, run.mode) for run in found.runs] == [
+        (name, mode) for modes in (["auto", "manual"], ["manual", "auto"])
+        for name in compaction.WORKLOADS for mode in modes]
+    operations = {"hot": 5000, "uniform": 5000, "zipf": 5000, "queue": 10_000, "deletes": 2000}
+    written = {"hot": 5001 * 136, "uniform": 5300 * 136, "zipf": 5300 * 136, "queue": 6000 * 136 + 5000 * 40,
+               "deletes": 1000 * 176}
+    for one in found.runs:
+        assert (one.done.operations, one.done.written) == (operations[one.workload], written[one.workload])
+        assert one.done.seconds > 0 and one.moments and one.share > 0 and one.done.problem is None
+    for both in found.latencies:
+        assert all(0 < times[0] <= times[-1] for mode in compaction.MODES for times in both[mode].values())
+    assert len(found.latencies) == 2 and list((compacted / "stores").iterdir()) == []
+
+
+def test_compaction_has_a_row_of_every_target(compacted: Path) -> None:
+    rows = re.findall(r"^\| (.*?) +\| +[\d,.]+ \| +[≤≥] [\d,.]+ \|", (compacted / "page.md").read_text(), re.M)
+    assert rows == [target.what for target in compaction.targets(compaction.Compaction.load(compacted / "run.json"))]
+    assert len(rows) == 14
+
+
+@charts_drawn
+def test_compaction_is_drawn_from_what_was_saved(compacted: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    ended = run("--from", compacted / "run.json", "--chart", tmp_path / "drawn", "--markdown", page,
+                module="benchmarks.compaction")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (tmp_path / "drawn" / "compaction.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert ElementTree.parse(tmp_path / "drawn" / "compaction.svg").getroot().tag.endswith("}svg")
+    assert "](drawn/compaction.svg)" in page.read_text()
+
+
+@pytest.mark.parametrize("workload", compaction.WORKLOADS)
+def test_live_data_is_never_said_to_be_more_than_there_is(workload: str, tmp_path: Path) -> None:
+    """What is said while a part runs is the lesser of what there was before and of what there is then."""
+    order = compaction.drawn(workload, 300, 5000, seed=1)
+    with logkv.open(tmp_path / "store", compaction="manual") as db:
+        for part in compaction.parts_of(workload, db, 300, order, 5000, seed=1):
+            before = db.stats()
+            part.task()
+            after = db.stats()
+            assert part.live == min(before["live_bytes"], after["live_bytes"])
+            assert sum(after[name] - before[name] for name in ("live_bytes", "dead_bytes")) == part.written
+
+
+def test_zipf_favours_few_keys_and_uniform_none() -> None:
+    counts = {name: Counter(compaction.drawn(name, 1000, 100_000, seed=1)) for name in ("uniform", "zipf")}
+    top = {name: sum(count for _, count in found.most_common(100)) for name, found in counts.items()}
+    assert 9_000 < top["uniform"] < 15_000 and 60_000 < top["zipf"] < 75_000
+    expected = 100_000 / sum(rank ** -compaction.EXPONENT for rank in range(1, 1001))
+    assert abs(counts["zipf"][0] - expected) < 5 * math.sqrt(expected)
+    assert set(compaction.drawn("hot", 1000, 100, seed=1)) == {0}
+
+
+def test_disk_use_is_the_most_that_was_seen(tmp_path: Path) -> None:
+    """Of files in any depth, by allocated blocks; the live data that belongs to it is the least that was said."""
+    watch = compaction.Watch(tmp_path)
+    watch.say(0, 1000)
+    empty = disk_bytes(tmp_path)
+    watch.look()
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner/file").write_bytes(bytes(100_000))
+    watch.look()
+    most = disk_bytes(tmp_path)
+    assert most >= empty + 100_000
+    (tmp_path / "inner/file").unlink()
+    watch.look()
+    watch.say(5, 400)
+    watch.look()
+    assert watch.moments[0] == compaction.Moment(0, 1000, most)
+    assert watch.moments[1] == compaction.Moment(5, 400, disk_bytes(tmp_path)) and len(watch.moments) == 2
+    with (tmp_path / "hole").open("wb") as file:
+        file.truncate(10 << 20)
+    assert disk_bytes(tmp_path) < 1 << 20
+
+
+def test_a_run_that_fails_fails_the_benchmark(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError, match="a run has failed"):
+        compaction.in_process(divmod, 1, 0)
+    assert "ZeroDivisionError" in capfd.readouterr().err

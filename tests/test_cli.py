@@ -22,7 +22,7 @@ import logkv
 from logkv.cli import main, terminal
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("get", "put", "delete", "import", "export", "migrate", "stats", "verify", "demo")
+COMMANDS = ("get", "put", "delete", "import", "export", "migrate", "stats", "verify", "compact", "demo")
 LIMIT = 60          # seconds
 LOGKV = [sys.executable, "-m", "logkv"]
 # The same command where what the extra `cli` brings is missing.
@@ -151,7 +151,8 @@ def test_start_is_light(path: str) -> None:
 # -- errors ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["get STORE k", "delete STORE k", "export STORE", "stats STORE", "verify STORE"])
+@pytest.mark.parametrize("command", ["get STORE k", "delete STORE k", "export STORE", "stats STORE", "verify STORE",
+                                     "compact STORE"])
 def test_no_store(command: str, tmp_path: Path) -> None:
     missing = tmp_path / "missing.db"
     assert fails(*command.replace("STORE", str(missing)).split()) == f"there is no store: {missing}"
@@ -212,7 +213,7 @@ def test_version() -> None:
     assert run("--version").stdout.decode() == f"logkv {logkv.__version__}\n"
 
 
-@pytest.mark.parametrize("command", [["put", "k", "v"], ["delete", "k"], ["import", "-"]])
+@pytest.mark.parametrize("command", [["put", "k", "v"], ["delete", "k"], ["import", "-"], ["compact"]])
 def test_locked(command: list[str], path: str) -> None:
     with logkv.open(path):
         said = fails(command[0], path, *command[1:], "--timeout", "0.1", given=b'{"key": "k", "value": "v"}')
@@ -273,7 +274,8 @@ def test_interrupt(path: str) -> None:
 
 
 @pytest.mark.parametrize("command, said", [
-    ("put STORE k v", ""), ("delete STORE old", ""), ("import STORE ROWS", " (2 rows stored before)"),
+    ("put STORE k v", ""), ("delete STORE old", ""), ("compact STORE", ""),
+    ("import STORE ROWS", " (2 rows stored before)"),
     ("migrate OTHER STORE --merge", " (1 record copied before; STORE now holds 2 records)"),
 ])
 def test_interrupts_wait_while_a_store_is_closed(command: str, said: str, path: str, tmp_path: Path,
@@ -358,8 +360,10 @@ def test_stats(filled: str) -> None:
     assert sum(parts) == sum(segment["bytes"] for segment in facts["segments"]) and min(parts) > 0
     text = run("stats", filled).stdout.decode()
     assert re.search(r"^keys +10,000$", text, re.M) and re.search(r"^writer +none$", text, re.M)
-    drawn = re.findall(r"^(\d+) +(\w+) +([\d,]+)  █+░*", text, re.M)
-    assert drawn == [(str(s["number"]), s["state"], f"{s['bytes']:,}") for s in facts["segments"]]
+    drawn = re.findall(r"^(\d+) +(\w+) +([\d,]+)  (█*▒*░*)  ", text, re.M)
+    assert drawn == [(str(s["number"]), s["state"], f"{s['bytes']:,}",
+                      terminal.split_bar(s["live_bytes"] / s["bytes"], s["dead_bytes"] / s["bytes"]))
+                     for s in facts["segments"]]
     with logkv.open(filled):
         assert json.loads(run("stats", filled, "--json").stdout)["writer"] == os.getpid()
         assert re.search(rf"^writer +pid {os.getpid()}$", run("stats", filled).stdout.decode(), re.M)
@@ -390,6 +394,73 @@ def test_stats_add_up(path: str) -> None:
 def test_a_bar_and_its_share_agree(share: float, text: str, filled: int) -> None:
     assert terminal.percent(share) == text
     assert sum(map(terminal.bar(share).count, "█#")) == filled
+
+
+@pytest.mark.parametrize("shares, drawn", [
+    ((1.0, 0.0), "████████"), ((0.0, 1.0), "▒▒▒▒▒▒▒▒"), ((0.0, 0.0), "░░░░░░░░"), ((0.5, 0.25), "████▒▒░░"),
+    ((1e-6, 1e-6), "█▒░░░░░░"), ((1 - 2e-6, 1e-6), "██████▒░"), ((0.5, 0.5), "████▒▒▒▒"), ((0.34, 0.33), "███▒▒▒░░"),
+    ((0.6, 0.5), "████▒▒▒▒"),
+])
+def test_a_bar_of_two_shares(shares: tuple[float, float], drawn: str) -> None:
+    """Each part that is there can be seen, also where the two were counted at different moments."""
+    assert terminal.split_bar(*shares, width=8).translate(str.maketrans("#+.", "█▒░")) == drawn
+
+
+@pytest.fixture
+def half_dead(path: str) -> str:
+    """A closed store of three segments or more, of which about half is dead."""
+    with logkv.open(path, segment_size=1 << 18, compaction="manual") as db:
+        for _ in range(2):
+            db.update({f"key/{number}": 100 * "x" for number in range(3_000)})
+    return path
+
+
+def test_compact(half_dead: str) -> None:
+    def on_disk() -> int:
+        return sum(file.stat().st_blocks * 512 for file in Path(half_dead).iterdir())
+
+    before = on_disk()
+    facts = json.loads(run("stats", half_dead, "--json").stdout)
+    assert facts["dead_bytes"] >= facts["live_bytes"] and facts["merges"] == 0
+    done = run("compact", half_dead, "--json")
+    assert (done.returncode, done.stderr) == (0, b"")
+    said = json.loads(done.stdout)
+    assert said["disk_bytes"] == on_disk() and said["freed_bytes"] == before - on_disk() > 300_000
+    facts = json.loads(run("stats", half_dead, "--json").stdout)
+    assert facts["dead_bytes"] < 1_000 and facts["merges"] == 1
+    assert [segment["state"] for segment in facts["segments"]] == ["merged", "active"]
+    parts = [facts[f"{name}_bytes"] for name in ("live", "dead", "framing", "free")]
+    assert sum(parts) == sum(segment["bytes"] for segment in facts["segments"]) and min(parts) > 0
+    assert re.search(r"^\d+ +merged +[\d,]+  █+░+ ", run("stats", half_dead).stdout.decode(), re.M)
+    again = run("compact", half_dead).stdout.decode()
+    assert again == f"{half_dead} takes {terminal.size(on_disk())}: nothing came back\n"
+    with logkv.open(half_dead, "r") as db:
+        assert dict(db) == {f"key/{number}".encode(): 100 * b"x" for number in range(3_000)}
+    assert logkv.verify(half_dead).ok
+
+
+def test_compact_says_what_came_back(half_dead: str) -> None:
+    assert re.fullmatch(rf"{half_dead} takes \d+ kB: \d+ kB came back\n", run("compact", half_dead).stdout.decode())
+
+
+def test_compact_decodes_nothing(path: str) -> None:
+    """So it takes any store, also one whose codec only its program has."""
+    with logkv.open(path, codec="pickle") as db:
+        db["k"] = [1]
+        db["k"] = [2]
+    assert run("compact", path).returncode == 0
+    with logkv.open(path, codec="pickle") as db:
+        assert db["k"] == [2]
+
+
+def test_compact_of_a_damaged_store(half_dead: str) -> None:
+    """It says which file, and leaves it."""
+    segment = sorted(Path(half_dead).glob("*.seg"))[-2]
+    with segment.open("r+b") as file:
+        file.seek(file.read().rindex(b"xxxx"))
+        file.write(b"y")
+    assert segment.name in fails("compact", half_dead)
+    assert segment.exists()
 
 
 def test_stats_of_many_segments(path: str) -> None:
@@ -441,6 +512,7 @@ def test_terminal_with_rich(filled: str, tmp_path: Path) -> None:
     assert "━" in drawn
     assert "\x1b[1" in on_terminal("stats", filled)
     assert "━" in on_terminal("verify", filled)
+    assert "━" in on_terminal("compact", filled)
 
 
 def test_terminal_without_rich(filled: str, tmp_path: Path) -> None:
@@ -448,13 +520,15 @@ def test_terminal_without_rich(filled: str, tmp_path: Path) -> None:
     assert re.search(r"\rexport: 10,000 records, [\d,]+/s, 100%, 0 s left\x1b\[K\r\n10,000 records written", drawn)
     assert on_terminal("stats", filled, command=BARE) == run("stats", filled).stdout.decode().replace("\n", "\r\n")
     assert "\rverify: " in on_terminal("verify", filled, command=BARE)
+    assert "\rcompact: " in on_terminal("compact", filled, command=BARE)
 
 
 def test_everything_works_without_rich(tmp_path: Path) -> None:
     store, file = tmp_path / "store", tmp_path / "rows.csv"
     file.write_text("k,v\na,1\n")
     for arguments in (["put", store, "b", "2"], ["import", store, file, "--key", "k", "--value", "v"], ["stats", store],
-                      ["verify", store], ["export", store, tmp_path / "out.jsonl"], ["delete", store, "b"]):
+                      ["verify", store], ["export", store, tmp_path / "out.jsonl"], ["delete", store, "b"],
+                      ["compact", store]):
         done = run(*arguments, command=BARE)
         assert (done.returncode, done.stderr) == (0, b""), arguments
     assert run("get", store, "a", command=BARE).stdout == b"1"

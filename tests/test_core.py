@@ -46,6 +46,6 @@ def test_a_record_is_bound_to_its_place(key: bytes, value: bytes) -> None:
 
 def test_index_pages() -> None:
     """A new index has room for what it was made for, and little more."""
-    assert _core.index_pages(0) == 3
+    assert _core.index_pages(0, 1) == 4
     for keys in (100, 1_000, 10_000, 100_000, 1_000_000, 20_000_000):
-        assert 8 * keys < _core.index_pages(keys) * _core.PAGE <= max(40 * keys, 3 * _core.PAGE)
+        assert 8 * keys < _core.index_pages(keys, 1) * _core.PAGE <= max(40 * keys, 4 * _core.PAGE)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from logkv import _core, files, manifest, recovery
+from logkv.compaction import Compactor
 from logkv.writer import Writing
 from tests.proof.crash import enumerate_crashes
 from tests.proof.disk import Disk
@@ -136,6 +137,46 @@ def set_aside_under_a_name_that_is_not_synced(patch: pytest.MonkeyPatch) -> None
     patch.setattr(files.Directory, "save_aside", save_unsynced)
 
 
+def a_tombstone_dropped_early(patch: pytest.MonkeyPatch) -> None:
+    """As if no segment before a merge's inputs had its key."""
+    begin = Compactor._begin
+    patch.setattr(Compactor, "_begin", lambda compactor, inputs, older, output: begin(compactor, inputs, [], output))
+
+
+def inputs_unlinked_before_the_log_is_synced(patch: pytest.MonkeyPatch) -> None:
+    """What made a record dead is lost, and so is the record."""
+    merge = Compactor._merge_now
+
+    def merge_unsynced(compactor: Compactor, *arguments: Any) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(Writing, "sync", lambda engine: None)
+            merge(compactor, *arguments)
+
+    patch.setattr(Compactor, "_merge_now", merge_unsynced)
+
+
+def inputs_unlinked_before_the_output_is_synced(patch: pytest.MonkeyPatch) -> None:
+    copy = Compactor._copy
+
+    def copy_unsynced(compactor: Compactor, *arguments: Any) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(files, "sync_data", lambda fd: None)
+            copy(compactor, *arguments)
+
+    patch.setattr(Compactor, "_copy", copy_unsynced)
+
+
+def inputs_unlinked_before_the_output_is_named(patch: pytest.MonkeyPatch) -> None:
+    adopt = Compactor._adopt
+
+    def unlink_and_adopt(compactor: Compactor, run: Any, *arguments: Any) -> None:
+        for segment in run:
+            compactor._engine.directory.unlink(segment.name)
+        adopt(compactor, run, *arguments)
+
+    patch.setattr(Compactor, "_adopt", unlink_and_adopt)
+
+
 PLANTED: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, str]] = {     # and where it shows, with which words
     no_directory_sync: ("puts", "there is no store"),
     no_sync_before_a_rename: ("puts", "MANIFEST"),
@@ -148,6 +189,10 @@ PLANTED: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, str]] = {     # a
     an_unfinished_segment_that_counts: ("rotation", "no state of the history"),
     set_aside_without_a_sync: ("overwrites", "once set aside, is not whole"),
     set_aside_under_a_name_that_is_not_synced: ("overwrites", "once set aside, is gone"),
+    a_tombstone_dropped_early: ("merging", "no state of the history"),
+    inputs_unlinked_before_the_log_is_synced: ("compacting", "no state of the history"),
+    inputs_unlinked_before_the_output_is_synced: ("compacting", "the log is damaged"),
+    inputs_unlinked_before_the_output_is_named: ("compacting", "is missing"),
 }
 
 

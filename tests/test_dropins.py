@@ -94,6 +94,18 @@ def test_keys_is_a_list(path: str) -> None:
         assert len(db) == 0 and len(keys) == 100
 
 
+def test_reorganize_gives_space_back(path: str) -> None:
+    with kv.open(path, "c") as db:
+        for _ in range(2):
+            for number in range(1_000):
+                db[str(number)] = "x" * 100
+        before = db.stats()["dead_bytes"]
+        db.reorganize()
+        assert before > 100_000 and db.stats()["dead_bytes"] < 1_000 and len(db) == 1_000
+    with kv.open(path) as db, pytest.raises(kv.error):
+        db.reorganize()
+
+
 def test_what_is_closed_raises_dbm_error(path: str) -> None:
     db = kv.open(path, "c")
     db.close()

@@ -9,10 +9,10 @@ import pytest
 from tests.proof import kill
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_kills(seed: int) -> None:
+@pytest.mark.parametrize("options", [{}, {"compacting": True}, {"compacting": True, "without_index": True}], ids=str)
+def test_kills(options: dict[str, bool]) -> None:
     with tempfile.TemporaryDirectory(dir=kill.scratch()) as directory:
-        tally = kill.run(directory, 60, seconds=15, seed=seed)
+        tally = kill.run(directory, 60, seconds=12, **options)
     assert not tally.violations, "\n".join(tally.violations)
     assert tally.killed and tally.acknowledged
 

@@ -7,11 +7,14 @@ import shutil
 import tempfile
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import logkv
 from logkv import _core
+from logkv.compaction import Compactor
+from tests.proof import soak
 
 SEGMENT = 65_536
 KEYS = st.one_of(st.binary(max_size=3), st.sampled_from([b"hot", b"", b"k" * 300]))
@@ -104,3 +107,21 @@ class Mapping(RuleBasedStateMachine):
 TestMapping = Mapping.TestCase
 TestMapping.settings = settings(max_examples=25, stateful_step_count=30, deadline=None,
                                 suppress_health_check=list(HealthCheck))
+
+
+def test_compaction() -> None:
+    """20,000 steps of another machine, in which most is merging; `make soak` has more."""
+    steps = 0
+    for seed in range(20):
+        steps += soak.run(20, seed)
+        if steps >= 20_000:
+            return
+    pytest.fail(f"only {steps} steps")
+
+
+def test_a_tombstone_dropped_early_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = Compactor._begin
+    monkeypatch.setattr(Compactor, "_begin", lambda compactor, inputs, older, output: begin(compactor, inputs, [], output))
+    with pytest.raises(AssertionError):
+        for seed in range(10):
+            soak.run(20, seed, shrink=False)

@@ -502,9 +502,10 @@ atexit.register(lambda: db.get("5"))        # runs before logkv's own
 
 
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A program in an interpreter of its own, without the warning that Python gives where a process with threads forks."""
-    return subprocess.run([sys.executable, "-X", "faulthandler", "-W", "ignore:This process:DeprecationWarning", "-c", code,
-                           *arguments], capture_output=True, text=True, timeout=LIMIT)
+    """A program in an interpreter of its own, without Python's warning where a process with threads forks."""
+    options = "-X", "faulthandler", "-W", "ignore:This process:DeprecationWarning"
+    return subprocess.run([sys.executable, *options, "-c", code, *arguments], capture_output=True, text=True,
+                          timeout=LIMIT)
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -542,14 +543,14 @@ os._exit(0)
 @pytest.mark.parametrize("first", ["main", "sub"])
 @pytest.mark.parametrize("isolated", [True, False], ids=["isolated", "sharing the GIL"])
 def test_a_subinterpreter_is_refused(path: str, first: str, isolated: bool) -> None:
-    """Subinterpreters do not share a process's stores: the import says so, and the main interpreter has them, also if it
-    comes later."""
+    """Subinterpreters do not share a process's stores: the import says so, and the main interpreter has them, also if
+    it comes later."""
     code = """
 import sys
 try: import _interpreters as interpreters
 except ImportError: import _xxsubinterpreters as interpreters
 other_code = f"import sys; sys.path[:] = {sys.path}\\n" \\
-    "try: import logkv\\nexcept ImportError as problem: assert 'subinterpreter' in str(problem)\\nelse: raise SystemError"
+    "try: import logkv\\nexcept ImportError as said: assert 'subinterpreter' in str(said)\\nelse: raise SystemError"
 first, isolated = sys.argv[2], sys.argv[3] == "True"
 def refused():
     other = interpreters.create(isolated=isolated) if sys.version_info < (3, 13) else \\

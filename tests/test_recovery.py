@@ -14,6 +14,7 @@ import pytest
 
 import logkv
 from logkv import files
+from logkv.opening import Opening
 from logkv.store import Options, Store, Writing, _acquire_writer
 
 SEGMENT = 65_536
@@ -505,14 +506,14 @@ def test_sealing_on_the_thread_and_in_line_agree(tmp_path: Path) -> None:
     sealed = []
     for background in (True, False):
         path = str(tmp_path / str(background))
-        engine = _acquire_writer(path, "c", 0o666, Options(segment_size=SEGMENT, background=background), 0)
+        engine = _acquire_writer(path, "c", 0o666, Options(segment_size=SEGMENT, compaction="manual", background=background), 0)
         assert isinstance(engine, Writing)
         db = Store.__new__(Store)
         db._hold(engine, path)
         churn(8, 5_000)(db)
         assert dict(db) == churned(8, 5_000) and engine.problem is None
         db.close()
-        with logkv.open(path, segment_size=SEGMENT) as again:
+        with logkv.open(path, segment_size=SEGMENT, compaction="manual") as again:
             sealed.append([s["sealed"] for s in again.stats()["segments"]][:-2])
     assert sealed[0] == sealed[1] and all(sealed[0]) and len(sealed[0]) > 5
 
@@ -581,10 +582,30 @@ def test_progress_of_a_rebuild(path: str) -> None:
         opening(path, progress=lambda done, total: steps.append((done, total))).close()
         assert not steps                        # a trusted index needs no time
         os.unlink(os.path.join(path, "index"))
-        opening(path, progress=lambda done, total: steps.append((done, total))).close()
         total = sum(file.stat().st_size for file in Path(path).glob("*.seg"))
+        opening(path, progress=lambda done, total: steps.append((done, total))).close()
         assert steps[0] == (0, total) and steps[-1] == (total, total) and steps == sorted(steps) and len(steps) > 5
         if opening is logkv.Reader:             # it has built its own
             with pytest.raises(ZeroDivisionError):
                 logkv.open(path, progress=lambda done, total: 1 // 0)
     logkv.open(path).close()
+
+
+def test_a_reader_that_slept_through_two_indexes(path: str, in_child: Callable[[Callable[[], None]], int],
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own is older than the one that a writer was about to replace when it died."""
+    with logkv.open(path) as db:
+        db["key"] = "old"
+    with logkv.Reader(path) as reader:
+        assert reader["key"] == b"old"
+        os.unlink(os.path.join(path, "index"))
+        with logkv.open(path) as db:
+            db["key"] = "new"
+        os.unlink(os.path.join(path, "index"))
+        monkeypatch.setattr(Opening, "_cut", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        assert in_child(lambda: logkv.open(path).close()) == -signal.SIGKILL
+        monkeypatch.undo()
+        assert reader["key"] == b"new"
+        with logkv.open(path) as db:
+            db["key"] = "newest"
+            assert reader["key"] == b"newest"

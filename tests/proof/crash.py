@@ -210,6 +210,8 @@ class Explorer:
             db.delete(self.dice.choice(before)[0])
         if self.dice.random() < 0.3:
             db.sync()
+        if self.dice.random() < 0.1:
+            self.dice.choice((db.compact, db.rotate, db.merge))()
 
 
 def weight(event: Event) -> int:

@@ -3,7 +3,10 @@
 The operations of a store's life follow from a seed, so every process knows what the store holds after so many of them:
 the n that the writer acknowledged, or n + 1, as one was under way.  The next writer begins with that one again.
 
-    python -m tests.proof.kill --cycles 1000 [--seconds S] [--seed N] [--dir DIR]
+    python -m tests.proof.kill --cycles 1000 [--compacting] [--without-index] [--seconds S] [--seed N] [--dir DIR]
+
+With `--compacting` the writer compacts all the time; without, half of the stores' lives are so.  With `--without-index` the
+index is removed before each opening, so that all is rebuilt from the log.
 """
 
 from __future__ import annotations
@@ -18,16 +21,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import logkv
+from benchmarks.baseline import BaselineError, read_manifest
+from logkv import compaction
 from tests.proof.common import (NOISE, SEGMENT, Violation, arguments, difference, ended, explained, fork, fork_heard,
                                 scratch, verdict)
 
 CYCLES_A_LIFE = 40          # then the store is made anew
 OPERATIONS_A_CYCLE = 4000   # their acknowledgements fit into a pipe
+DELAYS = 0.0, 0.001, 0.004, 0.02, 0.02          # seconds after which it is killed, at most
+DELAYS_COMPACTING = 0.0, 0.004, 0.05, 0.05, 0.2
 NUMBER = struct.Struct("<Q")
 
 
@@ -36,7 +43,7 @@ NUMBER = struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    kind: str               # put, delete, clear; sync and reopen change nothing
+    kind: str               # put, delete, clear; sync, compact and reopen change nothing
     key: bytes = b""
     value: bytes = b""
 
@@ -44,8 +51,9 @@ class Operation:
 class Script:
     """The operations of one life, in order: the same in every process that knows the seed."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, compacting: bool = False) -> None:
         self._rng = random.Random(seed)
+        self.compacting = compacting
         self._operations: list[Operation] = []
         many = self._rng.choice((10, 300, 3000))
         self.keys = [b"", b"long" * 100, *(b"key %d" % i for i in range(many))]
@@ -59,9 +67,11 @@ class Script:
     def _next(self) -> Operation:
         rng = self._rng
         key, dice = rng.choice(self.keys), rng.random()
+        if self.compacting and rng.random() < 0.3:
+            return Operation("delete", key) if rng.random() < 0.995 else Operation("compact")
         if dice < 0.80:
             size = rng.randrange(40, 400)
-            if dice < 0.02:
+            if dice < (0.10 if self.compacting else 0.02):
                 size = rng.choice((4096, 4097, 6000, 30_000, 70_000))
             at = rng.randrange(len(NOISE) - size)
             return Operation("put", key, b"%d " % len(self._operations) + NOISE[at:at + size])
@@ -119,11 +129,21 @@ def read_all(store: logkv.Store | logkv.Reader, script: Script) -> dict[bytes, b
 # -- who does it ------------------------------------------------------------------------------------------------
 
 
-def write(path: str, script: Script, done: int, count: int, sync: logkv.store.Sync, acknowledge: int) -> None:
+def compact_all_the_time() -> None:
+    """In this process: nearly everything dead is worth a merge, and each is done in many steps."""
+    compaction.SLACK, compaction.DEAD_SHARE, compaction.WORTH, compaction.SWING = 4096, 0.05, 0.02, 64
+
+
+def write(path: str, script: Script, done: int, count: int, sync: logkv.store.Sync, without_index: bool,
+          acknowledge: int) -> None:
     """The victim: goes on where the last one was killed."""
     def start() -> logkv.Store:
+        if without_index:
+            Path(path, "index").unlink(missing_ok=True)
         return logkv.open(path, "c", sync=sync, segment_size=SEGMENT)
 
+    if script.compacting:
+        compact_all_the_time()
     os.write(acknowledge, NUMBER.pack(done))
     store = start()
     for index in range(done, done + count):
@@ -136,6 +156,8 @@ def write(path: str, script: Script, done: int, count: int, sync: logkv.store.Sy
             store.clear()
         elif operation.kind == "sync":
             store.sync()
+        elif operation.kind == "compact":
+            store.compact()
         else:
             store.close()
             store = start()
@@ -207,16 +229,16 @@ class Watcher:
 class Distant:
     """A Watcher in another process."""
 
-    def __init__(self, path: str, seed: int, script_seed: int) -> None:
+    def __init__(self, path: str, seed: int, script: Script) -> None:
         command, self._command = os.pipe()
         self._reply, reply = os.pipe()
-        self._pid = fork(lambda: self._run(path, seed, script_seed, command, reply))
+        self._pid = fork(lambda: self._run(path, seed, script, command, reply))
         os.close(command)
         os.close(reply)
 
-    def _run(self, path: str, seed: int, script_seed: int, command: int, reply: int) -> None:
+    def _run(self, path: str, seed: int, script: Script, command: int, reply: int) -> None:
         os.close(self._command)
-        watcher = Watcher(path, Script(script_seed), seed)
+        watcher = Watcher(path, script, seed)
         try:
             while True:
                 watcher.look()
@@ -256,22 +278,26 @@ class Tally:
     killed: int = 0
     acknowledged: int = 0
     looks: int = 0
+    outputs: int = 0            # of merges, that were there when the writer had been killed
+    interrupted: int = 0        # kills after which the inputs were still there too
     violations: list[str] = field(default_factory=list)
 
 
 class Life:
     """One store, from its creation through many deaths of its writer."""
 
-    def __init__(self, path: str, seed: int, tally: Tally) -> None:
-        self.path, self.tally = path, tally
+    def __init__(self, path: str, seed: int, tally: Tally, compacting: bool, without_index: bool) -> None:
+        self.path, self.tally, self.never_index = path, tally, without_index
         self.rng = random.Random(seed)
-        self.script = Script(seed)
+        self.script = Script(seed, compacting or self.rng.random() < 0.5)
         self.model = Model(self.script)
+        self.merged: set[int] = set()       # numbers of segments
         self.watched = self.rng.random() < 0.75      # else `control` may go too: attached readers have that page mapped
         self.near = Watcher(path, self.script, seed + 1) if self.watched else None
-        self.far = Distant(path, seed + 2, seed) if self.watched else None
+        self.far = Distant(path, seed + 2, self.script) if self.watched else None
 
     def close(self) -> None:
+        self.tally.outputs += len(self.merged)
         if self.near is not None:
             self.tally.looks += self.near.looks
             self.near.close()
@@ -283,6 +309,8 @@ class Life:
         self.ask_watchers()
         ways = (self.as_writer, self.as_writer, self.without_index, self.as_reader, self.as_reader_alone)
         way = self.rng.choice(ways)
+        if self.never_index:
+            self.remove_index()
         try:
             way()
         except (logkv.Error, Violation) as problem:
@@ -293,9 +321,9 @@ class Life:
         rng, done = self.rng, self.model.done
         count = rng.choice((0, 1, 30, 500, *[OPERATIONS_A_CYCLE] * 8))
         sync: logkv.store.Sync = rng.choice(("os", "os", "os", "always", 0.05))
-        delay = rng.choice((0.0, 0.001, 0.004, 0.02, 0.02)) * rng.random()
+        delay = rng.choice(DELAYS_COMPACTING if self.script.compacting else DELAYS) * rng.random()
         self.script[done + count + 1]       # so that the child does not have to make it
-        pid, acknowledged = fork_heard(lambda say: write(self.path, self.script, done, count, sync, say))
+        pid, acknowledged = fork_heard(lambda say: write(self.path, self.script, done, count, sync, self.never_index, say))
         os.read(acknowledged, NUMBER.size)  # it is about to open the store
         until = time.perf_counter() + delay
         looking = self.near is not None and rng.random() < 0.7
@@ -314,8 +342,15 @@ class Life:
             self.model.advance(NUMBER.unpack_from(answers, len(answers) - NUMBER.size)[0])
         self.tally.acknowledged += self.model.done - done
         self.tally.killed += status < 0
+        self.count_merges()
         if status not in (0, -signal.SIGKILL):
             raise Violation(f"the writer failed: status {status}")
+
+    def count_merges(self) -> None:
+        with suppress(BaselineError):
+            segments = read_manifest(self.path)["segments"]
+            self.merged |= {s["number"] for s in segments if s["merged"]}
+            self.tally.interrupted += any(s["replaced_by"] for s in segments)
 
     def ask_watchers(self) -> None:
         if self.near is not None:
@@ -359,8 +394,8 @@ class Life:
 
 
 @contextmanager
-def living(path: str, seed: int, tally: Tally) -> Iterator[Life]:
-    life = Life(path, seed, tally)
+def living(path: str, seed: int, tally: Tally, compacting: bool, without_index: bool) -> Iterator[Life]:
+    life = Life(path, seed, tally, compacting, without_index)
     try:
         yield life
     finally:
@@ -368,14 +403,15 @@ def living(path: str, seed: int, tally: Tally) -> Iterator[Life]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def run(directory: str, cycles: int, seconds: float = float("inf"), seed: int = 1) -> Tally:
+def run(directory: str, cycles: int, seconds: float = float("inf"), seed: int = 1, *, compacting: bool = False,
+        without_index: bool = False) -> Tally:
     """So many cycles, or what can be had in so many seconds."""
     tally = Tally()
     deadline = time.monotonic() + seconds
     number = seed * 1_000_003
     while tally.cycles < cycles and time.monotonic() < deadline and len(tally.violations) < 20:
         number += 1
-        with living(os.path.join(directory, f"life-{number}"), number, tally) as life:
+        with living(os.path.join(directory, f"life-{number}"), number, tally, compacting, without_index) as life:
             try:
                 for _ in range(min(CYCLES_A_LIFE, cycles - tally.cycles)):
                     tally.cycles += 1
@@ -391,15 +427,19 @@ def main() -> int:
     parser = arguments("kill -9, again and again")
     parser.add_argument("--cycles", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--compacting", action="store_true", help="the writer compacts all the time")
+    parser.add_argument("--without-index", action="store_true", help="the index is removed before each opening")
     wanted = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=wanted.dir) as directory:
-        tally = run(directory, wanted.cycles, wanted.seconds, wanted.seed)
+        tally = run(directory, wanted.cycles, wanted.seconds, wanted.seed, compacting=wanted.compacting,
+                    without_index=wanted.without_index)
     rate = tally.cycles / (time.monotonic() - began) * 60
-    print("| cycles | of them killed | cycles a minute | acknowledged operations | live reads | violations |")
-    print("|---:|---:|---:|---:|---:|---:|")
+    print("| cycles | of them killed | cycles a minute | acknowledged operations | live reads | merges seen | interrupted "
+          "| violations |")
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|")
     print(f"| {tally.cycles:,} | {tally.killed:,} | {rate:,.0f} | {tally.acknowledged:,} | {tally.looks:,} "
-          f"| {len(tally.violations)} |")
+          f"| {tally.outputs:,} | {tally.interrupted:,} | {len(tally.violations)} |")
     return verdict(tally.violations)
 
 

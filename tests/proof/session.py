@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -108,6 +109,34 @@ def open_store(path: Path, flag: str, options: Options) -> store.Store:
     return handle
 
 
+def engine_of(db: store.Store) -> writer.Writing:
+    """Of a store that is open for writing."""
+    engine = db._engine
+    assert isinstance(engine, writer.Writing)
+    return engine
+
+
+def rotate(db: store.Store) -> None:
+    """Goes on in a new segment; what came before is sealed when this returns."""
+    engine = engine_of(db)
+    while engine._full_segments():
+        engine._seal_oldest()
+    engine._rotate(0)
+    engine._seal_oldest()
+
+
+def sealed_segments(db: store.Store) -> int:
+    """How many there are."""
+    return sum(segment.sealed for segment in engine_of(db).manifest.segments)
+
+
+def merge(db: store.Store, first: int, last: int) -> None:
+    """Merges the sealed segments from the `first` to the `last`, counted from 0."""
+    engine = engine_of(db)
+    with engine.compactor.lock:
+        engine.compactor._merge([segment for segment in engine.manifest.segments if segment.sealed][first:last + 1])
+
+
 class Session:
     """A store and its history.  What is done to it is told to the recorder before it begins and after it returned."""
 
@@ -127,9 +156,7 @@ class Session:
 
     @property
     def _engine(self) -> writer.Writing:
-        engine = self.store._engine
-        assert isinstance(engine, writer.Writing)
-        return engine
+        return engine_of(self.store)
 
     def open(self, flag: str = "c") -> None:
         self._store = open_store(self.path, flag, self.options)
@@ -195,10 +222,29 @@ class Session:
         self.store.close()
         self._note(Durable(len(self.history)))
 
-    def _work(self) -> None:
-        if self.dice.random() < self.diligence:
+    def compact(self) -> None:
+        with self._others():
+            self.store.compact()
+        self._work()
+
+    def rotate(self) -> None:
+        with self._others():
+            rotate(self.store)
+        self._work()
+
+    def merge(self) -> None:
+        """Merges some neighbours."""
+        if sealed := sealed_segments(self.store):
+            first = self.dice.randrange(sealed)
             with self._others():
-                self._engine._worker.work()     # type: ignore[attr-defined]
+                merge(self.store, first, self.dice.randint(first, sealed))
+        self._work()
+
+    def _work(self) -> None:
+        for worker in (self._engine._worker, self._engine._merger):
+            if self.dice.random() < self.diligence:
+                with self._others():
+                    worker.work()               # type: ignore[attr-defined]
 
     @contextmanager
     def _others(self) -> Iterator[None]:
@@ -242,14 +288,17 @@ class _Seeded:
 
 @contextmanager
 def determined(dice: random.Random) -> Iterator[None]:
-    """All on one thread, and identities, salts and seeds from these dice: a run can be repeated."""
+    """All on one thread, and identities, salts and seeds from these dice: a run can be repeated.  What fails in the
+    background raises."""
     places: list[tuple[Any, str, Any]] = [(manifest, "secrets", _Seeded(dice)), (writer, "secrets", _Seeded(dice)),
                                           (writer, "Worker", Later)]
     before = [getattr(module, name) for module, name, _ in places]
     for module, name, value in places:
         setattr(module, name, value)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            yield
     finally:
         for (module, name, _), value in zip(places, before):
             setattr(module, name, value)

@@ -142,6 +142,62 @@ def index_growth(db: Session, dice: random.Random) -> None:
 
 
 @workload()
+def compacting(db: Session, dice: random.Random) -> None:
+    """A few keys come, change and go, and everything is compacted now and then."""
+    for _ in range(100):
+        key = b"key %d" % dice.randrange(12)
+        what = dice.random()
+        if what < 0.35:
+            db.delete(key)
+        elif what < 0.85:
+            db.put(key, dice.randint(1, 600))
+        elif what < 0.93:
+            db.sync()
+        else:
+            db.compact()
+    db.close()
+
+
+@workload()
+def merging(db: Session, dice: random.Random) -> None:
+    """Many small segments with puts and deletes of the same keys, of which some neighbours are merged."""
+    for _ in range(120):
+        key = b"key %d" % dice.randrange(8)
+        what = dice.random()
+        if what < 0.35:
+            db.delete(key)
+        elif what < 0.65:
+            db.put(key, dice.randint(1, 300))
+        elif what < 0.80:
+            db.rotate()
+        elif what < 0.95:
+            db.merge()
+        elif what < 0.97:
+            db.sync()
+        elif what < 0.98:
+            db.clear()
+        else:
+            db.close()
+            db.open()
+    db.close()
+
+
+@workload()
+def overflowing(db: Session, dice: random.Random) -> None:
+    """So much is overwritten and deleted that compaction begins by itself; or that whole segments are dead."""
+    keys = dice.choice((1, 12, 12))
+    for _ in range(110):
+        key = b"key %d" % dice.randrange(keys)
+        if dice.random() < 0.1:
+            db.delete(key)
+        else:
+            db.put(key, dice.randint(3000, 12_000))
+        if dice.random() < 0.03:
+            db.sync()
+    db.close()
+
+
+@workload()
 def mixed(db: Session, dice: random.Random) -> None:
     """Everything."""
     for _ in range(150):
