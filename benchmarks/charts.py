@@ -12,6 +12,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from benchmarks.compaction import MIB, Compaction, Run as Compacted, ceiling
 from benchmarks.growth import SHOWN, Growth
 from benchmarks.report import TARGETS_OF, shape_in_words
 from benchmarks.results import Measured, Run
@@ -227,3 +228,40 @@ def draw_growth(growth: Growth, directory: Path) -> None:
     """Write `growth`, as SVG and PNG."""
     with matplotlib.rc_context(STYLE):
         save(growing(growth), directory / "growth")
+
+
+# ---- space that comes back
+
+
+def disk_use(axes: Axes, run: Compacted) -> None:
+    """What a run took of the disk, beside its live data and the ceiling."""
+    done = [moment.operations / 1e6 for moment in run.moments]
+    axes.plot(done, [ceiling(moment.live) / MIB for moment in run.moments], color=BASELINE, linestyle="--",
+              label="ceiling")
+    axes.plot(done, [moment.disk / MIB for moment in run.moments], color=LOGKV, linewidth=1, label="on disk")
+    axes.fill_between(done, [moment.live / MIB for moment in run.moments], color=DICT, label="live data")
+    axes.set_title(f"{run.workload}: {run.share:.0%} of the ceiling at most")
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("MiB")
+    axes.grid(axis="y", color=DICT, linewidth=0.5)
+
+
+def compacting(found: Compaction) -> Figure:
+    """The run of each workload that came nearest to the ceiling."""
+    names = found.workloads
+    rows = -(-len(names) // 2)
+    figure = Figure(figsize=(WIDTH, 0.5 + 2.2 * rows), layout="constrained")
+    places = list(figure.subplots(rows, 2, squeeze=False).flat)
+    for axes, name in zip(places, names):
+        disk_use(axes, max(found.of(name), key=lambda run: run.share))
+        axes.set_xlabel("million operations")
+    for axes in places[len(names):]:
+        axes.set_axis_off()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
+    return figure
+
+
+def draw_compaction(found: Compaction, directory: Path) -> None:
+    """Write `compaction`, as SVG and PNG."""
+    with matplotlib.rc_context(STYLE):
+        save(compacting(found), directory / "compaction")

@@ -25,7 +25,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -336,9 +336,14 @@ def opening(
 # ---- sizes on disk
 
 
-def disk_bytes(path: Path) -> int:
-    """What a store's directory takes on the device, all in all."""
-    return sum(file.stat().st_blocks * 512 for file in (path, *path.rglob("*")))
+def disk_bytes(path: str | os.PathLike[str]) -> int:
+    """What a store's directory takes on the device, all in all, whatever comes and goes there meanwhile."""
+    found = os.stat(path).st_blocks * 512
+    with os.scandir(path) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):
+                found += disk_bytes(entry) if entry.is_dir() else entry.stat().st_blocks * 512
+    return found
 
 
 def one_key(directory: Path) -> int:

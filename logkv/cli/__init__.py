@@ -24,6 +24,7 @@ MODULES = {
     "transfer": ("import", "export"),
     "migrate": ("migrate",),
     "inspect": ("stats", "verify"),
+    "compact": ("compact",),
     "demo": ("demo",),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
@@ -12,7 +13,7 @@ import logkv
 from logkv import files
 from logkv.cli import Commands
 from logkv.cli.stores import opened_to_read
-from logkv.cli.terminal import bar, counted, emit, percent, progress, size, table
+from logkv.cli.terminal import bar, counted, emit, percent, progress, size, split_bar, split_bar_head, table
 
 SEGMENTS = 20       # that are drawn, the newest
 PARTS = {"alive": "live", "dead": "dead", "framing": "framing", "free": "free"}       # of the log, and their fields
@@ -34,25 +35,36 @@ def _writer(path: str) -> str | None:
 
 
 def _facts(path: str) -> dict[str, Any]:
-    """`stats()`, each segment's state, what of the log holds no records, and who writes."""
+    """`stats()`, each segment's state, what of the log holds no records, how often segments went, and who writes."""
     with opened_to_read(path) as reader:
-        active, end, _ = reader._open_engine().log.restore_state()
+        engine = reader._open_engine()
+        active, end, _ = engine.log.restore_state()
         facts = reader.stats()
+        merged = {segment.number for segment in engine.manifest.segments if segment.merged}
+        merges = engine.log.signs[3]
     free = 0
     for segment in facts["segments"]:
-        segment["state"] = ("sealed" if segment["sealed"] else "full" if segment["number"] < active
-                            else "active" if segment["number"] == active else "next")
-        if segment["number"] >= active:
-            free += segment["bytes"] - (end if segment["number"] == active else 0)
+        number = segment["number"]
+        segment["state"] = ("merged" if number in merged else "sealed" if segment["sealed"]
+                            else "full" if number < active else "active" if number == active else "next")
+        if segment["state"] in ("active", "next"):
+            free += segment["bytes"] - (end if number == active else 0)
     framing = facts["log_bytes"] - facts["live_bytes"] - facts["dead_bytes"] - free
     writer = _writer(path)
     return facts | {"free_bytes": max(free, 0), "framing_bytes": max(framing, 0),     # a writer may have gone on
-                    "writer": int(writer) if writer and writer.isdigit() else writer}
+                    "merges": merges, "writer": int(writer) if writer and writer.isdigit() else writer}
 
 
 def _share(part: int, whole: int) -> str:
     share = part / whole if whole else 0.0
     return f"{bar(share)} {percent(share):>4}"
+
+
+def _segment_row(name: str, state: str, segments: Sequence[dict[str, Any]]) -> list[object]:
+    """What of one or more segments is alive, and what dead."""
+    whole, *parts = (sum(segment[field] for segment in segments) for field in ("bytes", "live_bytes", "dead_bytes"))
+    share, other = (part / whole if whole else 0.0 for part in parts)
+    return [name, state, whole, split_bar(share, other), f"{percent(share):>5}", f"{percent(other):>4}"]
 
 
 def _show_stats(facts: dict[str, Any]) -> None:
@@ -67,20 +79,18 @@ def _show_stats(facts: dict[str, Any]) -> None:
         ("log", size(log), ""),
         *((f"- {name}", size(part), _share(part, log)) for name, part in parts),
         ("index", size(index), f"{index / keys:,.1f} bytes a key" if keys else ""),
+        ("merges", f"{facts['merges']:,}", ""),
         ("torn tails cut", f"{cuts:,}", size(facts["cut_bytes"]) if cuts else ""),
         ("last write", written, ""),
         ("generation", f"{facts['generation']:,}", ""),
         ("writer", "none" if writer is None else f"pid {writer}", ""),
     ], title=facts["path"])
     segments = facts["segments"]
-    whole = sum(segment["bytes"] for segment in segments)
     older = segments[:-SEGMENTS]
-    rows = [(f"{len(older):,} older", "sealed", part := sum(segment["bytes"] for segment in older),
-             _share(part, whole))] if older else []
-    rows += [(str(segment["number"]), segment["state"], segment["bytes"], _share(segment["bytes"], whole))
-             for segment in segments[-SEGMENTS:]]
+    rows = [_segment_row(f"{len(older):,} older", "sealed", older)] if older else []
+    rows += [_segment_row(str(segment["number"]), segment["state"], [segment]) for segment in segments[-SEGMENTS:]]
     print()
-    table(["segment", "state", "bytes", "share"], rows)
+    table(["segment", "state", "bytes", split_bar_head("alive", "dead", "other"), "alive", "dead"], rows)
 
 
 def _stats(arguments: argparse.Namespace) -> int:
@@ -116,7 +126,8 @@ def register(commands: Commands) -> None:
     stats = commands.add("stats", _stats, "show what a store holds and what it takes",
                          "Shows keys, what the log's files hold (records alive and dead, the segments' framing, space "
                          "that was allocated ahead and is free), the index, torn tails that were cut off after a "
-                         "crash, who writes, and the segments of the log. The store may be in use.",
+                         "crash, who writes, and what of each segment of the log is alive and dead. The store may be "
+                         "in use.",
                          "logkv stats prices.db")
     verify = commands.add("verify", _verify, "check every byte of a store",
                           "Reads the whole store and compares every checksum, also where it does not open, or is in "

@@ -7,8 +7,8 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import closing, contextmanager
+from typing import Any, Literal
 
 import logkv
 from logkv import files, manifest
@@ -63,8 +63,8 @@ def _interrupts_wait() -> Iterator[None]:
 
 
 @contextmanager
-def opened_to_write(path: str, flag: str, timeout: float, *, new_codec: str | None = None,
-                    check: bool = True) -> Iterator[logkv.Store[Any]]:
+def opened_to_write(path: str, flag: str, timeout: float, *, new_codec: str | None = None, check: bool = True,
+                    compaction: Literal["auto", "manual"] = "auto") -> Iterator[logkv.Store[Any]]:
     """The store, taking and giving values as they are stored; with `check`, only those that its codec can decode.  It
     is closed at the end, and Ctrl-C waits for that.
 
@@ -72,12 +72,18 @@ def opened_to_write(path: str, flag: str, timeout: float, *, new_codec: str | No
     """
     codec = as_stored(_codec_of(path) if new_codec is None else new_codec, check=check)
     with late_progress("index", unit="bytes") as update:
-        store = logkv.open(path, flag, codec=codec, timeout=timeout, progress=update)
+        store = logkv.open(path, flag, codec=codec, timeout=timeout, compaction=compaction, progress=update)
     try:
         yield store
     finally:
         with _interrupts_wait():
             store.close()
+
+
+def disk_use(path: str) -> int:
+    """Bytes that a store's files take on the device."""
+    with closing(files.Directory(path)) as directory:
+        return sum(directory.size(name)[1] for name in directory.names())
 
 
 def add_timeout(parser: argparse.ArgumentParser) -> None:

@@ -61,11 +61,30 @@ def counted(number: int, thing: str) -> str:
     return f"{number:,} {thing}" + ("" if number == 1 else "s")
 
 
+def _signs() -> tuple[str, str, str]:
+    """What bars are drawn with: full, half, empty."""
+    return ("█", "▒", "░") if "utf" in (sys.stdout.encoding or "").lower() else ("#", "+", ".")
+
+
 def bar(share: float, width: int = 24) -> str:
     """A horizontal bar; whatever is more than nothing can be seen, and whatever is missing."""
-    full, empty = ("█", "░") if "utf" in (sys.stdout.encoding or "").lower() else ("#", ".")
+    full, _, empty = _signs()
     filled = min(width - (share < 1), max(round(share * width), share > 0))
     return full * filled + empty * (width - filled)
+
+
+def split_bar(share: float, other: float, width: int = 24) -> str:
+    """A bar of two shares and the rest; of each, whatever is more than nothing can be seen."""
+    shares = (share, other, max(1 - share - other, 0.0))
+    cells = [max(round(part * width), part > 0) for part in shares]
+    widest = max(range(3), key=lambda at: (cells[at], at))
+    cells[widest] += width - sum(cells)
+    return "".join(sign * count for sign, count in zip(_signs(), cells, strict=True))
+
+
+def split_bar_head(name: str, other: str, rest: str) -> str:
+    """Says what its parts are."""
+    return "  ".join(map(" ".join, zip(_signs(), (name, other, rest), strict=True)))
 
 
 def percent(share: float) -> str:
