@@ -22,11 +22,12 @@ bench: $(VENV)/bench			## beside the dict and the pure-Python baseline: page and
 	$(RUN) -m benchmarks --json build/benchmarks.json --markdown docs/benchmarks/README.md --chart docs/benchmarks $(ARGS)
 
 bench-growth: $(VENV)/bench		## 20,000,000 keys: every put timed, opening, rebuilding, readers; ARGS="--keys 1000000"
-	$(RUN) -m benchmarks.growth --json build/growth.json --markdown build/growth.md --chart build $(ARGS)
-	$(RUN) -m benchmarks.sharing --json build/sharing.json --markdown build/sharing.md $(ARGS)
+	$(RUN) -m benchmarks.growth --json build/growth.json --markdown docs/benchmarks/growth.md --chart docs/benchmarks $(ARGS)
+	$(RUN) -m benchmarks.sharing --json build/sharing.json --markdown docs/benchmarks/sharing.md $(ARGS)
 
 bench-compaction: $(VENV)/bench		## disk use, bytes copied and throughput while a store compacts; ARGS="--operations 300000"
-	$(RUN) -m benchmarks.compaction --json build/compaction.json --markdown build/compaction.md --chart build $(ARGS)
+	$(RUN) -m benchmarks.compaction --json build/compaction.json --markdown docs/benchmarks/compaction.md --chart docs/benchmarks \
+	    $(ARGS)
 
 bench-compare: $(VENV)/bench		## pytest-benchmark against the last saved run; ARGS="--shapes 8+20"
 	$(RUN) -m pytest benchmarks --benchmark-enable --benchmark-only --benchmark-autosave --benchmark-compare $(ARGS)

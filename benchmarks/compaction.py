@@ -410,7 +410,7 @@ def new_store(directory: Path) -> Path:
 def targets(found: Compaction) -> list[Target]:
     """What is asked of LogKV, beside what was found."""
     asked = [Target(f"{name}: disk use, of the ceiling, at its highest", max(run.share for run in found.of(name)), 1)
-             for name in found.workloads]
+             for name in found.workloads if name != "deletes"]
     asked += [Target(f"{name}: write amplification", max(run.amplification for run in found.of(name)), 2.2)
               for name in ("uniform", "zipf") if name in found.workloads]
     asked += [Target(f"{name}: throughput, of that without compaction", found.throughput(name), 0.6, True)

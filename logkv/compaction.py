@@ -234,10 +234,14 @@ class Compactor:
                     break
                 found = shares(engine, self._damaged)
                 need = Need.of(found, engine.options)
-                if not need.pressing or not choose(found, need):
+                seals = engine.full_segments()
+                if not need.pressing or not seals and not choose(found, need):
                     return need
             try:
-                self.step()
+                if seals:               # where the dead are, it may be
+                    engine.seal_oldest()
+                else:
+                    self.step()
             except ClosedError:
                 break
             except (OSError, MemoryError, CorruptionError) as problem:  # the put may still find room

@@ -91,7 +91,7 @@ class Writing(Opening):
                 number, end = self.log.position
                 if end + need <= self.log.allocated:
                     return
-                full = self._full_segments()
+                full = self.full_segments()
                 self._full_at = store.early if store is not None and store.due else self.options.segment_size
                 full_at = min(self.log.capacity, self._full_at)
                 if end + need <= full_at or end + need <= self.log.capacity and end < START + _core.PAGE:
@@ -102,7 +102,7 @@ class Writing(Opening):
                 if not full:
                     self._rotate(need)
                     break
-            self._seal_oldest()         # at most one full segment is unsealed: this put waits
+            self.seal_oldest()         # at most one full segment is unsealed: this put waits
         self._request_sealing()
 
     def _grow_file(self, needed: int, largest: int) -> None:
@@ -123,7 +123,7 @@ class Writing(Opening):
         last = self.manifest.segments[-1]
         return last if last.number != self.log.position[0] else None
 
-    def _full_segments(self) -> list[Segment]:
+    def full_segments(self) -> list[Segment]:
         """Full segments that are not sealed yet."""
         full = []
         active, _ = self.log.position
@@ -167,8 +167,8 @@ class Writing(Opening):
     # -- sealing ----------------------------------------------------------------------------------------
 
     def _request_sealing(self) -> None:
-        if self._full_segments():
-            self._request(self._seal_oldest)
+        if self.full_segments():
+            self._request(self.seal_oldest)
 
     def _request_compaction(self) -> None:
         if self.options.background:
@@ -188,12 +188,12 @@ class Writing(Opening):
         while True:
             with self.lock, files.full_disk_is_an_error(self.directory.path, "seal the active segment"):
                 self.check_open()
-                if not self._full_segments():
+                if not self.full_segments():
                     if rotated or not self.compactor.has_dead(self._active):
                         return
                     self._rotate(0)
                     rotated = True
-            self._seal_oldest()
+            self.seal_oldest()
 
     def forget(self, gone: Sequence[Segment]) -> None:
         """Segments that the MANIFEST does not name any more: readers are told, then mappings and files go."""
@@ -203,11 +203,11 @@ class Writing(Opening):
             _core.drop_row(self.log, segment.chunk)
             self._drop(segment)
 
-    def _seal_oldest(self) -> None:
+    def seal_oldest(self) -> None:
         """Seals the oldest full segment: records synced, footer written, synced, then `sealed` in the MANIFEST."""
         with self.holding(self._seal_lock), files.full_disk_is_an_error(self.directory.path, "seal a full segment"):
             self.check_open()
-            full = self._full_segments()
+            full = self.full_segments()
             if not full:
                 return
             segment = full[0]
@@ -292,7 +292,7 @@ class Writing(Opening):
             with self.holding(self.lock):
                 number, end = self.log.position
                 covered = self.log.state["version"]
-                fds = [self._fd_of(segment) for segment in [*self._full_segments(), self._active]]
+                fds = [self._fd_of(segment) for segment in [*self.full_segments(), self._active]]
             for fd in fds:
                 self._sync_fd(fd)
             if self.directory.removed():

@@ -90,14 +90,14 @@ def a_sync_that_covers_what_came_meanwhile(patch: pytest.MonkeyPatch) -> None:
 
 
 def sealed_before_the_records_are_synced(patch: pytest.MonkeyPatch) -> None:
-    seal = Writing._seal_oldest
+    seal = Writing.seal_oldest
 
     def seal_unsynced(engine: Writing) -> None:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(Writing, "_sync_fd", lambda engine, fd: None)
             seal(engine)
 
-    patch.setattr(Writing, "_seal_oldest", seal_unsynced)
+    patch.setattr(Writing, "seal_oldest", seal_unsynced)
 
 
 def an_unfinished_segment_that_counts(patch: pytest.MonkeyPatch) -> None:

@@ -374,7 +374,7 @@ def test_a_handler_closes_the_store_while_the_worker_waits_for_its_thread(path: 
         real, frames = files.sync_data, sys._current_frames
 
         def waits(frame):
-            return frame.f_code.co_name in ("_patiently", "_seal_oldest")
+            return frame.f_code.co_name in ("_patiently", "seal_oldest")
 
         def sync_data(fd):
             real(fd)

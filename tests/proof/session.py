@@ -119,10 +119,10 @@ def engine_of(db: store.Store) -> writer.Writing:
 def rotate(db: store.Store) -> None:
     """Goes on in a new segment; what came before is sealed when this returns."""
     engine = engine_of(db)
-    while engine._full_segments():
-        engine._seal_oldest()
+    while engine.full_segments():
+        engine.seal_oldest()
     engine._rotate(0)
-    engine._seal_oldest()
+    engine.seal_oldest()
 
 
 def sealed_segments(db: store.Store) -> int:
