@@ -73,7 +73,7 @@ cdef inline int order_of(Source *a, Source *b) noexcept nogil:
 
 cdef uint64_t *slot_of(Index *ix, uint64_t h, uint64_t location, uint8_t **shard, int *status, Trouble *t) noexcept nogil:
     """The slot that points to a location, or NULL; then `status` is MISSING or what must be settled first."""
-    cdef uint64_t word, entry, bucket, buckets, n, value = (h >> TAG_SHIFT << TAG_SHIFT) | location
+    cdef uint64_t word, entry, bucket, buckets, n, found, value = (h >> TAG_SHIFT << TAG_SHIFT) | location
     cdef uint64_t *slots
     cdef unsigned i
     cdef bint empty
@@ -90,9 +90,10 @@ cdef uint64_t *slot_of(Index *ix, uint64_t h, uint64_t location, uint8_t **shard
             slots = bucket_at(shard[0], bucket)
             empty = False
             for i in range(BUCKET_SLOTS):
-                if atomic_load(slots + i) == value:
+                found = atomic_load(slots + i)
+                if found == value:
                     return slots + i
-                empty |= slots[i] == SLOT_EMPTY
+                empty |= found == SLOT_EMPTY
             if empty:
                 break
             bucket = next_bucket(bucket, n, buckets)

@@ -278,7 +278,7 @@ def test_compaction_is_measured_with_and_without(compacted: Path) -> None:
 def test_compaction_has_a_row_of_every_target(compacted: Path) -> None:
     rows = re.findall(r"^\| (.*?) +\| +[\d,.]+ \| +[≤≥] [\d,.]+ \|", (compacted / "page.md").read_text(), re.M)
     assert rows == [target.what for target in compaction.targets(compaction.Compaction.load(compacted / "run.json"))]
-    assert len(rows) == 14
+    assert len(rows) == 13
 
 
 @charts_drawn

@@ -30,7 +30,7 @@ class Mapping(RuleBasedStateMachine):
     def begin(self) -> None:
         self.path = tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
         self.model: dict[bytes, bytes] = {}
-        self.db = logkv.open(self.path, segment_size=SEGMENT)
+        self.db = logkv.open(self.path, segment_size=SEGMENT, compaction="manual")
         self.reader = logkv.Reader(self.path)
 
     @rule(target=keys, key=KEYS)
@@ -77,7 +77,7 @@ class Mapping(RuleBasedStateMachine):
             os.unlink(os.path.join(self.path, name))
         if "control" in lose:           # a reader cannot follow another control page than the one it has mapped
             self.reader.close()
-        self.db = logkv.open(self.path, segment_size=SEGMENT)
+        self.db = logkv.open(self.path, segment_size=SEGMENT, compaction="manual")
         if self.reader.closed:
             self.reader = logkv.Reader(self.path)
 

@@ -243,7 +243,7 @@ def test_damage_is_found_while_a_writer_seals_segments(sealed: str) -> None:
     done = threading.Event()
 
     def write() -> None:
-        with logkv.open(sealed, segment_size=SEGMENT) as db:
+        with logkv.open(sealed, segment_size=SEGMENT, compaction="manual") as db:
             turn = 0
             while not done.is_set():
                 turn += 1
