@@ -11,11 +11,11 @@ import platform
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 
 import logkv
-from benchmarks import report, workloads
+from benchmarks import output, report, workloads
 from benchmarks.results import Measured, Run
 from benchmarks.terminal import positive, progress
 from benchmarks.workloads import OPENINGS, SHAPES, WORKLOADS, Shape, Tell, engine_named, engines_of
@@ -89,47 +89,28 @@ def _parser() -> argparse.ArgumentParser:
                         help="of the first round's data; the next round has the next one (default: 0)")
     parser.add_argument("--dir", type=Path, metavar="DIR",
                         help="where the stores are made (default: a temporary directory)")
-    parser.add_argument("--from", type=Path, metavar="FILE", dest="earlier",
-                        help="measure nothing, take the results of an earlier run that --json wrote")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample here")
-    parser.add_argument("--markdown", type=Path, metavar="FILE",
-                        help="write the tables here too, with the charts if they are drawn")
-    parser.add_argument("--chart", type=Path, metavar="DIR",
-                        help="draw the charts, as SVG and PNG, into this directory (needs matplotlib)")
+    output.add_options(parser)
     return parser
 
 
 def main() -> None:
     parser = _parser()
-    arguments = parser.parse_args()
-    if arguments.chart and not find_spec("matplotlib"):
-        parser.error("--chart needs matplotlib: pip install 'logkv[bench]'")
-    if arguments.earlier:
-        try:
-            run = Run.load(arguments.earlier)
-        except (OSError, ValueError) as problem:
-            parser.error(f"--from: {problem}")
-    else:
+    arguments = output.parse(parser)
+
+    def measured() -> Run:
         shapes = [shape for name, shape in SHAPES.items() if name in (arguments.shape or SHAPES)]
         names = [name for name in NAMES if name in (arguments.workload or NAMES)]
         with tempfile.TemporaryDirectory(prefix="logkv-benchmarks-", dir=arguments.dir) as directory:
-            run = measure(shapes, arguments.keys, names, arguments.rounds, arguments.seed, Path(directory))
-    print(report.page(run), end="")
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        run.save(arguments.json)
-    drawn = False
-    if arguments.chart:
+            return measure(shapes, arguments.keys, names, arguments.rounds, arguments.seed, Path(directory))
+
+    def draw(directory: Path) -> bool:
         from benchmarks import charts
 
-        arguments.chart.mkdir(parents=True, exist_ok=True)
-        drawn = charts.draw(run, arguments.chart)
-        if not drawn:
-            print("No charts: they show `opening` and workloads of the dict.", file=sys.stderr)
-    if arguments.markdown:
-        arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
-        beside = os.path.relpath(arguments.chart, arguments.markdown.parent) if drawn else None
-        arguments.markdown.write_text(report.page(run, beside))
+        return charts.draw(run, directory)
+
+    run = output.results(parser, arguments, Run.load, measured)
+    if not output.publish(arguments, partial(report.page, run), run.save, draw) and arguments.chart:
+        print("No charts: they show `opening` and workloads of the dict.", file=sys.stderr)
 
 
 if __name__ == "__main__":

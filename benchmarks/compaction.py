@@ -36,7 +36,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.util import find_spec
 from itertools import accumulate
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -44,6 +43,7 @@ from statistics import median
 from typing import Any, Literal
 
 import logkv
+from benchmarks import output
 from benchmarks.__main__ import machine
 from benchmarks.growth import busy, percentiles
 from benchmarks.report import Target, table
@@ -485,39 +485,24 @@ def main() -> None:
                         help="of the first round, one more for each next one (default: 0)")
     parser.add_argument("--directory", type=Path, default=Path("/var/tmp"), metavar="DIR",
                         help="where the stores are made, on a file system that shall be measured (default: /var/tmp)")
-    parser.add_argument("--from", type=Path, metavar="FILE", dest="earlier",
-                        help="measure nothing, take the results of an earlier run that --json wrote")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured here")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the page here too")
-    parser.add_argument("--chart", type=Path, metavar="DIR",
-                        help="draw the chart, as SVG and PNG, into this directory (needs matplotlib)")
-    arguments = parser.parse_args()
-    if arguments.chart and not find_spec("matplotlib"):
-        parser.error("--chart needs matplotlib: pip install 'logkv[bench]'")
-    if arguments.earlier:
-        try:
-            found = Compaction.load(arguments.earlier)
-        except (OSError, ValueError) as problem:
-            parser.error(f"--from: {problem}")
-    else:
+    output.add_options(parser)
+    arguments = output.parse(parser)
+
+    def measured() -> Compaction:
         asked = arguments.workload or [*WORKLOADS, "latency"]
         with tempfile.TemporaryDirectory(prefix="logkv-compaction-", dir=arguments.directory) as directory:
-            found = measure([name for name in WORKLOADS if name in asked], "latency" in asked, arguments.operations,
-                            arguments.keys, arguments.rounds, arguments.seed, Path(directory))
-    print(page(found), end="")
-    for file in (arguments.json, arguments.markdown):
-        if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(asdict(found)) + "\n")
-    if arguments.chart and found.runs:
+            return measure([name for name in WORKLOADS if name in asked], "latency" in asked, arguments.operations,
+                           arguments.keys, arguments.rounds, arguments.seed, Path(directory))
+
+    def draw(directory: Path) -> bool:
         from benchmarks import charts
 
-        arguments.chart.mkdir(parents=True, exist_ok=True)
-        charts.draw_compaction(found, arguments.chart)
-    if arguments.markdown:
-        beside = os.path.relpath(arguments.chart, arguments.markdown.parent) if arguments.chart and found.runs else None
-        arguments.markdown.write_text(page(found, beside))
+        if found.runs:
+            charts.draw_compaction(found, directory)
+        return bool(found.runs)
+
+    found = output.results(parser, arguments, Compaction.load, measured)
+    output.publish(arguments, partial(page, found), lambda file: file.write_text(json.dumps(asdict(found)) + "\n"), draw)
 
 
 if __name__ == "__main__":

@@ -32,11 +32,11 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, median
 
 import logkv
+from benchmarks import output
 from benchmarks.__main__ import machine
 from benchmarks.baseline import BaselineStore, read_manifest
 from benchmarks.report import Target, number, ratios, table
@@ -377,37 +377,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--dir", type=Path, metavar="DIR",
                         help="where the stores are made (default: a temporary directory)")
-    parser.add_argument("--from", type=Path, metavar="FILE", dest="earlier",
-                        help="measure nothing, take the results of an earlier run that --json wrote")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured here")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the page here too")
-    parser.add_argument("--chart", type=Path, metavar="DIR",
-                        help="draw the chart, as SVG and PNG, into this directory (needs matplotlib)")
-    arguments = parser.parse_args()
-    if arguments.chart and not find_spec("matplotlib"):
-        parser.error("--chart needs matplotlib: pip install 'logkv[bench]'")
-    if arguments.earlier:
-        try:
-            growth = Growth.load(arguments.earlier)
-        except (OSError, ValueError) as problem:
-            parser.error(f"--from: {problem}")
-    else:
+    output.add_options(parser)
+    arguments = output.parse(parser)
+
+    def measured() -> Growth:
         with tempfile.TemporaryDirectory(prefix="logkv-growth-", dir=arguments.dir) as directory:
-            growth = measure(arguments.keys, arguments.rounds, arguments.seed, Path(directory))
-    print(page(growth), end="")
-    for file in (arguments.json, arguments.markdown):
-        if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(asdict(growth), indent=1) + "\n")
-    if arguments.chart:
+            return measure(arguments.keys, arguments.rounds, arguments.seed, Path(directory))
+
+    def draw(directory: Path) -> bool:
         from benchmarks import charts
 
-        arguments.chart.mkdir(parents=True, exist_ok=True)
-        charts.draw_growth(growth, arguments.chart)
-    if arguments.markdown:
-        beside = os.path.relpath(arguments.chart, arguments.markdown.parent) if arguments.chart else None
-        arguments.markdown.write_text(page(growth, beside))
+        charts.draw_growth(growth, directory)
+        return True
+
+    growth = output.results(parser, arguments, Growth.load, measured)
+    output.publish(arguments, partial(page, growth),
+                   lambda file: file.write_text(json.dumps(asdict(growth), indent=1) + "\n"), draw)
 
 
 if __name__ == "__main__":
