@@ -51,6 +51,11 @@ class Share:
         """What writing the segment again would give back."""
         return max(0, self.size - self.live - self.fixed) if self.segment.sealed and self.sound else 0
 
+    @property
+    def has_dead(self) -> bool:
+        """More than a few bytes, for which no segment is written again."""
+        return self.gain > self.size // 256 + OVERHEAD
+
 
 def shares(engine: Writing, damaged: Container[int] = ()) -> list[Share]:
     """Of each segment, in the log's order.  damaged: the numbers of those that cannot be merged."""
@@ -293,12 +298,12 @@ class Compactor:
         for share in [*found, None]:
             if share is not None and share.segment.last_version <= behind:
                 continue
-            worth = share is not None and share.gain > share.size // 256 + OVERHEAD
+            worth = share is not None and share.has_dead
             fits = share is not None and sum(one.size - one.gain for one in [*run, share]) <= options.segment_size
             if share is not None and (worth or is_small(share, options)) and (fits or not run):
                 run.append(share)
                 continue
-            if len(run) > 1 or any(one.gain > one.size // 256 + OVERHEAD for one in run):
+            if len(run) > 1 or any(one.has_dead for one in run):
                 break
             run = [share] if share is not None and (worth or is_small(share, options)) else []
         return [share.segment for share in run]
@@ -329,7 +334,7 @@ class Compactor:
             # What is dead is dead because of records that must outlive it.
             engine.sync()
             if merging.records:
-                self._adopt(run, output, merging)
+                self._adopt(run, output)
         except BaseException:
             self._abandon(output)
             raise
@@ -397,7 +402,7 @@ class Compactor:
         engine.directory.sync()
         engine.log.map_segment(fd, output.number, output.chunk, output.capacity, end + len(footer), output.salt)
 
-    def _adopt(self, run: Sequence[Segment], output: Segment, merging: _core.Merge) -> None:
+    def _adopt(self, run: Sequence[Segment], output: Segment) -> None:
         """The MANIFEST with the output, and its inputs as replaced: from here on a rebuild reads the output alone."""
         engine = self._engine
         with engine.holding(engine.lock):
@@ -425,10 +430,7 @@ class Compactor:
         engine = self._engine
         with engine.holding(engine.lock):
             engine.check_open()
-            at = self._place_of(engine.manifest, run)
-            new = engine.manifest.copy()
-            del new.segments[at:at + len(run)]
-            engine.write_manifest(new)
+            self._place_of(engine.manifest, run)
             engine.forget(run)
 
     def _finish_interrupted(self) -> bool:

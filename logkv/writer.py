@@ -196,7 +196,11 @@ class Writing(Opening):
             self.seal_oldest()
 
     def forget(self, gone: Sequence[Segment]) -> None:
-        """Segments that the MANIFEST does not name any more: readers are told, then mappings and files go."""
+        """Nothing needs these segments: the MANIFEST without them, readers are told, then mappings and files go."""
+        numbers = {segment.number for segment in gone}
+        new = self.manifest.copy()
+        new.segments = [segment for segment in new.segments if segment.number not in numbers]
+        self.write_manifest(new)
         self.log.note_merge()
         self.log.drop_segments([segment.chunk for segment in gone])
         for segment in gone:
@@ -253,9 +257,6 @@ class Writing(Opening):
             self._sync_fd(following_fd)
         with self.holding(self._sync_lock), self.holding(self.lock):
             self.check_open()
-            new = self.manifest.copy()
-            del new.segments[0]
-            self.write_manifest(new)
             self.forget([segment])
 
     # -- the device -------------------------------------------------------------------------------------
