@@ -517,7 +517,7 @@ def test_what_is_cut_is_set_aside(tmp_path: Path) -> None:
     store[b"c"] = b"3" * 11
     stop = store._log[0].end
     store._files.close()
-    overwrite(segment_file(path), end, b"\0")
+    overwrite(segment_file(path), end, bytes([segment_file(path).read_bytes()[end] ^ 1]))
     cut = segment_file(path).read_bytes()[end:stop]
     BaselineStore(path).close()
     (aside,) = (path / "lost+found").iterdir()
