@@ -48,7 +48,7 @@ FOOTER_ENTRY = struct.Struct("<QII")  # hash, offset / 8, size / 8 | kind << 30
 assert FOOTER_ENTRY.size == 8 + 4 + 4 == 16
 
 MANIFEST_LINE = "LogKV MANIFEST 0 %08x %d\n"
-FIELDS = ["identity", "seed", "hash", "features", "options", "generation", "epoch", "next_number", "next_chunk"]
+FIELDS = ["identity", "seed", "hash", "features", "options", "generation", "epoch", "moves", "next_number", "next_chunk"]
 FIELDS += ["last_version", "cuts", "cut_bytes", "segments"]
 TOTALS = "sealed end records first_version last_version tombstones".split()
 SEGMENT_FIELDS = ["number", "chunk", "capacity", "salt", *TOTALS, "merged", "replaced_by"]
@@ -422,7 +422,7 @@ class BaselineStore(MutableMapping[bytes, bytes]):
             file.unlink()
         _sync(self.path.parent)
         self._manifest: Manifest = {"identity": secrets.token_hex(8), "seed": secrets.token_hex(16)}
-        self._manifest |= {"hash": "siphash-1-3", "features": [0, 0, 0], "options": {}, "generation": 0, "epoch": 0}
+        self._manifest |= {"hash": "siphash-1-3", "features": [0, 0, 0], "options": {}, "generation": 0, "epoch": 0, "moves": 0}
         self._manifest |= {"next_number": 1, "next_chunk": 0, "last_version": 0, "cuts": [], "cut_bytes": 0}
         self._add_segment(None)
         self._write_manifest()

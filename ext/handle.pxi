@@ -223,7 +223,8 @@ cdef class StoreIterator:
     """Walks the index by hash prefix, a shard's locations at a time, in the order of the log.
 
     No overwrite and no split moves a key across the cursor: a key that is there all the time is seen once.  A key that
-    changed since its shard was copied is looked up again; what compaction moved is read where it was.
+    changed since its shard was copied is looked up again; what compaction moved is read where it was.  Only where a writer
+    that was opened meanwhile has moved all records (`Manifest.moved`), in the middle of a shard the next call raises Error.
     """
     cdef:
         Log log
@@ -233,7 +234,7 @@ cdef class StoreIterator:
         bint last               # the shard that was copied is the last one
         uint64_t cursor         # the first hash that was not copied yet
         uint64_t seq            # of the state when the shard was copied
-        uint64_t clears         # of the log
+        uint64_t clears, moves  # of the log
         uint64_t indexes        # of the log when the shard was copied
         uint64_t *locations
         size_t at, count, room
@@ -246,6 +247,7 @@ cdef class StoreIterator:
         self.decode = decode
         self.handle = handle
         self.clears = log.clears
+        self.moves = log.moves
 
     def __dealloc__(self):
         free(self.locations)
@@ -270,6 +272,8 @@ cdef class StoreIterator:
         t.doubted = 0
         while True:
             if self.clears != log.clears:           # what was copied is gone
+                if self.moves != log.moves and self.at < self.count:
+                    raise Error("the store gave out its locations anew while this iterator was open: iterate again")
                 self.at = self.count
                 self.clears = log.clears
             if self.at >= self.count:

@@ -112,6 +112,7 @@ cdef class Log:
         uint64_t seq, version, keys
         dict mappings               # address: length, to be unmapped at the end
         readonly shared_word clears # how often all segments were let go
+        shared_word moves           # of these, how often their records had got other locations
         Mapped *mapped_segments
         Hold hold                   # on the mappings that there are
         segment_row nowhere
@@ -333,9 +334,12 @@ cdef class Log:
             at = &at[0].next
         at[0] = m.next
 
-    def forget_segments(self, uint64_t before=CHUNK_COUNT) -> None:
-        """The store was cleared: lets all segments before that chunk go, so that their space comes back."""
+    def forget_segments(self, uint64_t before=CHUNK_COUNT, bint moved=False) -> None:
+        """Another epoch: lets all segments before that chunk go, so that their space comes back.
+
+        moved: the store was not cleared, but its records have other locations."""
         self.drop_segments([chunk for chunk in self.segments() if chunk < before])
+        self.moves += moved
         self.clears += 1
 
     def drop_segments(self, list chunks) -> None:

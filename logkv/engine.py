@@ -42,7 +42,7 @@ class Engine:
         self.recovered: dict[str, Any] = {}
         self._control_fd = -1
         self.promised = (0, 0)          # (file number, offset) that the log must reach
-        self._epoch = 0                 # of the index that is in use
+        self._epoch = self._moves = 0   # of the index that is in use
         self.codec: str | None          # of the values, while it is open
         self._opening = True
         self.progress = progress or (lambda done, total: None)
@@ -112,8 +112,8 @@ class Engine:
     def _now_in(self, epoch: int, signs: tuple[int, int, int, int]) -> None:
         """The index is taken: it belongs to this epoch, and is good until the control page shows other signs."""
         if epoch != self._epoch:
-            self.log.forget_segments()
-            self._epoch = epoch
+            self.log.forget_segments(moved=self.manifest.moves != self._moves)
+            self._epoch, self._moves = epoch, self.manifest.moves
             if self._opening:
                 self.codec = self.manifest.codec
             elif self.manifest.codec != self.codec:     # handles that decode would read what is something else
@@ -259,7 +259,7 @@ class Engine:
             if not self._overtaken():
                 return False
             self.manifest, _ = self._read_manifest()
-            if self.manifest.epoch != self._epoch:      # the store was cleared: all locations are others now
+            if self.manifest.epoch != self._epoch:      # all locations are others now
                 self._take_index()
             return True
 

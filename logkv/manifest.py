@@ -59,6 +59,7 @@ class Manifest:
     segments: list[Segment] = field(default_factory=list)
     codec: str | None = None            # what the values are encoded with; None: they are bytes
     cut_bytes: int = 0                  # of torn tails, over the store's life
+    moves: int = 0                      # how often locations were given out anew
 
     @classmethod
     def new(cls, codec: str | None) -> Manifest:
@@ -69,7 +70,9 @@ class Manifest:
         """A segment, numbered and placed, that is not in the list yet."""
         segment = Segment(self.next_number, self.next_chunk, capacity, secrets.randbits(32))
         if segment.chunk + segment.chunks > CHUNKS:
-            raise Error(f"the store is full: its {CHUNK * CHUNKS >> 40} TiB of locations have all been given out")
+            raise Error(f"all {CHUNK * CHUNKS >> 40} TiB of locations have been given out: " + (
+                "close the store everywhere in this process; the next opening for writing gives out those anew that are "
+                "free again" if self.is_crowded else "the store is full"))
         self.next_number += 1
         self.next_chunk += segment.chunks
         return segment
@@ -78,6 +81,22 @@ class Manifest:
         """A successor, at the end of the list."""
         self.segments.append(self.new_segment(capacity))
         return self.segments[-1]
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether more than half of the locations were given out, and most of these are nobody's any more."""
+        return self.next_chunk > CHUNKS // 2 > 2 * sum(segment.chunks for segment in self.segments)
+
+    def moved(self) -> Manifest:
+        """The same segments, in a new epoch, with locations from the beginning on in the order of those that they had."""
+        new = self.copy()
+        new.epoch += 1
+        new.moves += 1
+        new.next_chunk = 0
+        for segment in sorted(new.segments, key=lambda segment: segment.chunk):
+            segment.chunk = new.next_chunk
+            new.next_chunk += segment.chunks
+        return new
 
     def places(self) -> list[tuple[int, int, int]]:
         """(number, first chunk, chunks) of each segment."""
@@ -104,7 +123,7 @@ class Manifest:
         body = json.dumps({
             "identity": f"{self.identity:016x}", "seed": self.seed.hex(), "hash": HASH, "features": [0, 0, 0],
             "options": {} if self.codec is None else {"codec": self.codec},
-            "generation": self.generation, "epoch": self.epoch,
+            "generation": self.generation, "epoch": self.epoch, "moves": self.moves,
             "next_number": self.next_number, "next_chunk": self.next_chunk, "last_version": self.last_version,
             "cuts": self.cuts, "cut_bytes": self.cut_bytes,
             "segments": [{name: getattr(s, name) for name in Segment.__slots__} for s in self.segments],
@@ -151,7 +170,7 @@ class Manifest:
             raise FormatError(f"{path} asks for the hash {fields['hash']!r}; this version of LogKV has {HASH!r}")
         found = cls(
             identity=int(fields["identity"], 16), seed=bytes.fromhex(fields["seed"]),
-            generation=fields["generation"], epoch=fields["epoch"], next_number=fields["next_number"],
+            generation=fields["generation"], epoch=fields["epoch"], moves=fields["moves"], next_number=fields["next_number"],
             next_chunk=fields["next_chunk"], last_version=fields["last_version"], cuts=fields["cuts"],
             cut_bytes=fields["cut_bytes"], codec=fields["options"].get("codec"),
             segments=[Segment(**{name: s[name] for name in Segment.__slots__ if name in s})
@@ -162,7 +181,7 @@ class Manifest:
 
     def _check(self) -> None:
         """Raises ValueError if a number is not where it must be: what follows relies on them."""
-        counts = [self.identity, self.generation, self.epoch, self.next_number, self.next_chunk, self.last_version,
+        counts = [self.identity, self.generation, self.epoch, self.moves, self.next_number, self.next_chunk, self.last_version,
                   self.cut_bytes, *(version for kept, first in self.cuts for version in (kept, first))]
         for s in self.segments:
             numbers = [s.number, s.chunk, s.capacity, s.records, s.first_version, s.last_version, s.end or 0, s.tombstones,

@@ -158,7 +158,9 @@ class Opening(Engine):
         trust = self.trust_in_index(instance)
         self.log.note_epoch(self.manifest.epoch)
         failed = self.log.trust["sync_failed"] and self.log.trust["boot"] == files.boot_id()
-        tail = self._take_trusted(trust, instance) if trust.index else None
+        tail = self._move_segments() if self.manifest.is_crowded else None
+        if tail is None and trust.index:
+            tail = self._take_trusted(trust, instance)
         if tail is None:
             tail = self._rebuild(trust.why or self.recovered.get("why", ""))
         if failed:
@@ -191,6 +193,21 @@ class Opening(Engine):
         number, end, version = self.log.restore_state()
         self.recovered = {"index": "clean" if trust.clean else "trusted", "cut_bytes": 0}
         return recovery.walk(self, segment, end, version, trusted=True)
+
+    def _move_segments(self) -> recovery.Tail | None:
+        """The locations that nobody has any more are given out anew: an index of other locations, then, by `_begin`, a
+        MANIFEST of another epoch with them.  None where damage, or a full disk, keeps that index from being built."""
+        found = self.manifest
+        self.manifest = found.moved()
+        self._epoch = self.manifest.epoch
+        try:
+            return self._rebuild("locations are given out anew")
+        except OSError:
+            self.log.forget_segments()          # under the locations that they would have had
+            self.log.build(False)
+            self._failure = None
+            self.manifest, self._epoch = found, found.epoch
+            return None
 
     def _rebuild(self, why: str, expected: int | None = None) -> recovery.Tail:
         """A new index from the log, in a file of its own until it is whole.  expected: keys, if that is known.
@@ -256,6 +273,7 @@ class Opening(Engine):
             self.log.settle_state(tail.segment.number, tail.end, version)
         gone = [s for s in current.segments if s.replaced_by and self.recovered["index"] == "rebuilt"]
         current.segments = [s for s in current.segments if s not in gone]
+        self.log.note_epoch(current.epoch)
         # Where only the generation is new, its loss to a power cut loses nothing.
         self.write_manifest(current, durable=lost > 0 or self.recovered["index"] == "rebuilt")
         for segment in gone:

@@ -289,7 +289,7 @@ def manifest_with(path: str, change_it: Callable[[dict[str, Any]], object]) -> N
 
 
 @pytest.mark.parametrize("name, value", [
-    *((name, value) for name in ("generation", "epoch", "next_number", "next_chunk", "last_version", "cut_bytes")
+    *((name, value) for name in ("generation", "epoch", "moves", "next_number", "next_chunk", "last_version", "cut_bytes")
       for value in (-1, 1 << 64, "1", None, 1.5, True)),
     ("segments", []), ("segments", 7), ("cuts", [[1]]), ("cuts", 7), ("options", {"codec": [1]}), ("options", 7),
     ("seed", "00"), ("seed", "x"), ("identity", "xyz"), ("features", [0]),
