@@ -108,6 +108,8 @@ def walk(engine: Engine, segment: Segment, start: int, version: int, *, trusted:
         for behind in [] if trusted else [segment, *rest]:
             mark = _core.find_mark(log, behind.chunk, end if behind is segment else START, version)
             if mark is not None and mark > (segment.number, end):
+                if link is None and behind is following:
+                    raise _damage(engine, following, START, "it does not go on with the segment before it")
                 raise _damage(engine, segment, end, reason)
         return Tail(segment, end, version, abandoned=rest)
 

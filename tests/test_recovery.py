@@ -387,7 +387,7 @@ def test_a_failed_sync_poisons_the_writer(path: str, monkeypatch: pytest.MonkeyP
     synced: list[bytes] = []
     real = files.sync_data
     monkeypatch.setattr(files, "sync_data", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}").encode()), real(fd))[1])
-    with logkv.open(path) as db:
+    with logkv.open(path, compaction="manual") as db:   # else the old segment, of which nothing is alive, may be gone
         assert dict(db) == expected == dict(reader)
         assert len(segments(path)) == 2 and any(b"0000000002.seg" in name for name in synced)
         db["new"] = "4"
@@ -457,6 +457,20 @@ def test_damage_in_the_newest_record_never_serves_an_older_one(path: str, where:
         with pytest.raises(logkv.CorruptionError):
             db["the key"]
         assert len(db) == 1801 and db["old 0"] == db["end 599"] == b"x" * 80
+
+
+def test_a_damaged_link_is_named_where_it_stands(
+    tmp_path: Path, begin_successor: Callable[[Path, bool], int]
+) -> None:
+    path = tmp_path / "prices.db"
+    begin_successor(path, True)
+    with open(path / "0000000002.seg", "r+b") as file:
+        file.seek(64)
+        file.write(b"?")
+    for flag in "r", "w":
+        with pytest.raises(logkv.CorruptionError) as raised:
+            logkv.open(path, flag)
+        assert (raised.value.path, raised.value.offset) == (str(path / "0000000002.seg"), 64)
 
 
 def test_a_damaged_footer_falls_back_to_the_scan(path: str) -> None:
