@@ -35,7 +35,7 @@ bench-compare: $(VENV)/bench		## pytest-benchmark against the last saved run; AR
 proof: $(VENV)/tools			## crash states, kills, flipped bits, stress: SECONDS=60 each
 	$(RUN) -m tests.proof --seconds $(SECONDS)
 
-soak: $(VENV)/tools			## a store beside a dict through merges of any neighbours: SECONDS=60
+soak: $(VENV)/tools			## a store beside a dict through merges, kills and power cuts: SECONDS=60
 	$(RUN) -m tests.proof.soak --seconds $(SECONDS)
 
 docs: $(VENV)/installed			## docs/api.md from the docstrings

@@ -34,12 +34,12 @@ def check_crash(directory: str, seconds: float) -> Result:
 
 def check_kill(directory: str, seconds: float) -> Result:
     tally = kill.run(directory, sys.maxsize, seconds)
-    return Result({"kill -9 cycles": tally.cycles}, tally.violations)
+    return Result({"kill -9 cycles": tally.killed}, tally.violations)
 
 
 def check_flips(directory: str, seconds: float) -> Result:
-    results = flips.run(directory, sys.maxsize, seconds)
-    return Result({"damaged files": len(results)}, flips.violations(results))
+    result = flips.run(directory, sys.maxsize, seconds)
+    return Result({"flipped bits": result.flips, "other damages": result.others}, result.violations)
 
 
 def check_stress(directory: str, seconds: float) -> Result:
