@@ -165,11 +165,15 @@ class Segment:
         data = HEADER.pack(*fields, 0)[: -U32.size]
         return data + U32.pack(crc32c(data))
 
+    def _versions(self) -> tuple[int, int]:
+        """The first and the last version; of a merged segment, those of the segments that it was made of."""
+        said = self.entry["first_version"], self.entry["last_version"]
+        wider = self.entry["merged"] and said[0] <= self.first_version and self.last_version <= said[1]
+        return said if wider else (self.first_version, self.last_version)
+
     def totals(self) -> Manifest:
         """What the MANIFEST says of the segment once it is sealed, besides what it always says."""
-        versions = self.first_version, self.last_version
-        if self.entry["merged"] and self.entry["first_version"] <= versions[0] and versions[1] <= self.entry["last_version"]:
-            versions = self.entry["first_version"], self.entry["last_version"]  # of all that were merged
+        versions = self._versions()
         deleted = sum(size & (1 << 30) - 1 for _, size in self.newest.values() if size >> 30 == DELETE)
         return dict(zip(TOTALS, (True, self.end, self.records, *versions, 8 * deleted), strict=True))
 
@@ -258,9 +262,10 @@ class Segment:
     def footer(self, manifest: Manifest) -> bytes:
         """The footer that belongs behind the records."""
         seed = bytes.fromhex(manifest["seed"])
-        head = FOOTER_VALUE.pack(self.first_version, self.last_version, self.records, len(self.newest))
+        first, last = self._versions()
+        head = FOOTER_VALUE.pack(first, last, self.records, len(self.newest))
         entries = [FOOTER_ENTRY.pack(siphash13(seed, key), *where) for key, where in sorted(self.newest.items())]
-        return self.encode(self.last_version, FOOTER, b"", head + b"".join(entries))
+        return self.encode(last, FOOTER, b"", head + b"".join(entries))
 
     def seal(self, manifest: Manifest) -> None:
         """Sync the records, and behind them a footer; it is believed once the MANIFEST says so."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import re
 import textwrap
@@ -13,6 +14,7 @@ from typing import Any
 import logkv
 from logkv import codecs, dbm, shelve, verification
 
+REPAIR = importlib.import_module("logkv.repair")     # `logkv.repair` is the function
 PAGE = Path(__file__).with_name("api.md")
 INTRODUCTION = """\
 # API reference
@@ -109,8 +111,10 @@ def render() -> str:
     """The page's text."""
     return "\n\n".join([
         INTRODUCTION, "## logkv", function("logkv.open", logkv.open), function("logkv.verify", logkv.verify),
+        function("logkv.repair", logkv.repair),
         *handle(logkv.Store), *handle(logkv.Reader, logkv.Store), *handle(logkv.Writer, logkv.Store),
-        *public(verification, "Report", "Problem"), *public(logkv.errors), *public(codecs, "SupportsCodec"),
+        *public(verification, "Report", "Problem"),
+        *public(REPAIR, "RepairReport", "Loss"), *public(logkv.errors), *public(codecs, "SupportsCodec"),
         *public(dbm), *public(shelve),
     ]) + "\n"
 

@@ -44,6 +44,7 @@ include "segment.pxi"   # append: put, delete, marks
 include "scan.pxi"      # recovery: replay records and footers
 include "order.pxi"     # entries in key order: footers
 include "compact.pxi"   # what is alive of old segments goes into a new one
+include "rescue.pxi"    # what is intact of damaged segments goes into new ones
 include "handle.pxi"    # what users hold: mapping methods and iterators
 include "verify.pxi"    # reads everything, believes nothing
 

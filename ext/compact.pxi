@@ -122,7 +122,6 @@ cdef class Merge:
         uint64_t *moved             # for each record of the output: where it came from; 0: a tombstone
         footer_entry *entries       # and its entry in the footer
         uint64_t moved_room
-        uint64_t first_version, last_version
         readonly uint64_t records       # of the output
         readonly uint64_t tombstones    # bytes of these among them
         readonly uint64_t done, total   # entries of the inputs
@@ -295,8 +294,6 @@ cdef class Merge:
         self.moved[self.records] = s.origin + s.entries[s.at].unit if r.kind == KIND_PUT else 0
         self.used += r.size
         self.records += 1
-        self.first_version = min(self.first_version - 1, r.version - 1) + 1     # 0: none yet
-        self.last_version = max(self.last_version, r.version)
         if r.kind == KIND_DELETE:
             self.tombstones += r.size
         return FOUND
@@ -313,11 +310,9 @@ cdef class Merge:
                 return o.record.kind == KIND_PUT or self.unreadable     # which may be behind that tombstone
         return self.unreadable
 
-    def footer(self) -> bytes:
-        """The output's, as it stands behind its records."""
-        cdef footer_header header = footer_header(self.first_version, self.last_version, self.records, self.records)
-        value = (<char *> &header)[:sizeof(header)] + (<char *> self.entries)[:self.records * sizeof(footer_entry)]
-        return encode_record(KIND_FOOTER, self.last_version, b"", value, self.salt, self.offset)
+    def footer(self, uint64_t first, uint64_t last) -> bytes:
+        """The output's, as it stands behind its records.  first, last: version of the segments that were merged."""
+        return encode_footer(self.entries, self.records, first, last, self.salt, self.offset)
 
     def swing(self, uint64_t chunk, uint64_t first, uint64_t count) -> None:
         """Lets the index point to records `first` to `first + count` of the output, a sealed segment at `chunk` that is
@@ -340,6 +335,14 @@ cdef class Merge:
                 check_writable(self.log)
             if status < 0:
                 settle(self.log, status, &t)
+
+
+cdef bytes encode_footer(const footer_entry *entries, uint64_t count, uint64_t first, uint64_t last, uint32_t salt,
+                         uint64_t offset):
+    """Of a segment that has one record of each key."""
+    cdef footer_header header = footer_header(first, last, count, count)
+    value = (<char *> &header)[:sizeof(header)] + (<char *> entries)[:count * sizeof(footer_entry)]
+    return encode_record(KIND_FOOTER, last, b"", value, salt, offset)
 
 
 cdef bint seek(Source *o, Source *s) noexcept nogil:

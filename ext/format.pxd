@@ -10,6 +10,7 @@ cdef extern from "format.h" nogil:
     const unsigned LOCATION_UNIT_SHIFT, CHUNK_SHIFT, CHUNK_UNIT_SHIFT, CHUNK_COUNT
     const uint64_t CHUNK_BYTES, LOCATION_MASK
 
+    const char *SEGMENT_MAGIC
     const unsigned SEGMENT_HEADER_BYTES, SEGMENT_MIN_BYTES, SEGMENT_MAX_BYTES
     ctypedef struct segment_header:
         char magic[8]
@@ -21,7 +22,7 @@ cdef extern from "format.h" nogil:
     void segment_header_pack(segment_header *h, uint64_t number, uint64_t identity, const uint8_t *seed, uint32_t salt)
 
     const unsigned KIND_PUT, KIND_DELETE, KIND_CONTINUES, KIND_CLEAR, KIND_SYNC_MARK, KIND_FOOTER
-    const unsigned RECORD_HEADER_BYTES, KEY_MAX, VALUE_CRC_ABOVE
+    const unsigned RECORD_HEADER_BYTES, KEY_MAX, VALUE_CRC_ABOVE, VALUE_CRC_BYTES, FLAGS_KNOWN
     const uint64_t VALUE_MAX
     enum:
         RECORD_OK

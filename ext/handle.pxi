@@ -273,7 +273,7 @@ cdef class StoreIterator:
         while True:
             if self.clears != log.clears:           # what was copied is gone
                 if self.moves != log.moves and self.at < self.count:
-                    raise Error("the store gave out its locations anew while this iterator was open: iterate again")
+                    raise Error("the store was repaired, or gave out its locations anew, while this iterator was open: iterate again")
                 self.at = self.count
                 self.clears = log.clears
             if self.at >= self.count:

@@ -112,7 +112,7 @@ cdef class Log:
         uint64_t seq, version, keys
         dict mappings               # address: length, to be unmapped at the end
         readonly shared_word clears # how often all segments were let go
-        shared_word moves           # of these, how often their records had got other locations
+        shared_word moves           # of these, how often what was copied of an index cannot be told from what came since
         Mapped *mapped_segments
         Hold hold                   # on the mappings that there are
         segment_row nowhere
@@ -337,7 +337,7 @@ cdef class Log:
     def forget_segments(self, uint64_t before=CHUNK_COUNT, bint moved=False) -> None:
         """Another epoch: lets all segments before that chunk go, so that their space comes back.
 
-        moved: the store was not cleared, but its records have other locations."""
+        moved: the store was not cleared, but its records have other locations, or were repaired."""
         self.drop_segments([chunk for chunk in self.segments() if chunk < before])
         self.moves += moved
         self.clears += 1

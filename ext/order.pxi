@@ -88,8 +88,10 @@ cdef void merge_sort(const uint8_t *base, bint exact, Sorted *items, Sorted *spa
         memcpy(items, source, n * sizeof(Sorted))
 
 
-def build_footer(Log log, uint64_t chunk, uint64_t end) -> tuple:
+def build_footer(Log log, uint64_t chunk, uint64_t end, tuple merged=None) -> tuple:
     """The footer of a segment whose records end at `end`: its newest record of each key, in key order.
+
+    merged: first and last version of the segments that it was made of, which its footer gives in place of its own.
 
     Returns (the record as it stands at `end`, records in the segment, first version, last version, bytes of tombstones that
     it lists).
@@ -102,6 +104,7 @@ def build_footer(Log log, uint64_t chunk, uint64_t end) -> tuple:
     cdef Trouble t
     cdef footer_header header
     cdef footer_entry *entry
+    cdef uint64_t first, last
     cdef int reason = RECORD_OK
     cdef uint64_t offset
     cdef Sorted *items = <Sorted *> malloc(room * sizeof(Sorted))
@@ -147,6 +150,9 @@ def build_footer(Log log, uint64_t chunk, uint64_t end) -> tuple:
             t.place, t.status, t.expected, t.found = s.origin + (s.offset >> LOCATION_UNIT_SHIFT), reason, r.crc, r.found
             raise_damage(log, &t)
         header.entries = kept
+        first, last = header.first_version, header.last_version
+        if merged is not None:
+            header.first_version, header.last_version = merged
         out = PyBytes_FromStringAndSize(NULL, sizeof(header) + kept * sizeof(footer_entry))
         memcpy(PyBytes_AS_STRING(out), &header, sizeof(header))
         entry = <footer_entry *> (PyBytes_AS_STRING(out) + sizeof(header))
@@ -161,7 +167,7 @@ def build_footer(Log log, uint64_t chunk, uint64_t end) -> tuple:
                 if entry_kind(&entry[i]) == KIND_DELETE:
                     tombstones += entry_size(&entry[i])
         record = encode_record(KIND_FOOTER, header.last_version, b"", out, s.salt, end)
-        return record, header.records, header.first_version, header.last_version, tombstones
+        return record, header.records, first, last, tombstones
     finally:
         free(items)
         free(spare)

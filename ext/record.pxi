@@ -113,6 +113,17 @@ def encode_segment_header(uint64_t number, uint64_t identity, bytes seed, uint32
     return (<char *> &header)[:sizeof(header)]
 
 
+def read_segment_header(bytes header) -> tuple | None:
+    """(number, identity, seed, salt) of a header that is whole, else None.  Raises FormatError for one of a newer version."""
+    cdef segment_header *h = <segment_header *> PyBytes_AS_STRING(header)
+    if len(header) < SEGMENT_HEADER_BYTES or memcmp(h.magic, SEGMENT_MAGIC, 8) or \
+            h.crc != crc32c(0, h, SEGMENT_HEADER_BYTES - 4):
+        return None
+    if h.format != FORMAT_VERSION or h.incompatible or h.read_compatible:
+        raise FormatError(f"segment {h.number} was written by a newer version of LogKV (format {h.format})")
+    return h.number, h.identity, (<char *> h.seed)[:16], h.salt
+
+
 def segment_identity(bytes header) -> int | None:
     """Of which store a segment's header says that it is, checked or not; None for zeros, or less than a header."""
     cdef segment_header *h = <segment_header *> PyBytes_AS_STRING(header)

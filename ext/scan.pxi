@@ -39,11 +39,14 @@ cdef int begin_scan(Log log, Scan *s, uint64_t chunk, uint64_t start, uint64_t s
 
 cdef bint make_present(Scan *s, uint64_t end) noexcept nogil:
     """A page that the device cannot read is an error here, and not a SIGBUS later."""
-    end = min(max(end, s.populated + s.step), s.stop)
+    cdef uint64_t ahead = min(max(end, s.populated + s.step), s.stop)
     s.step = min(4 * s.step, SCAN_STEP)
-    if populate(<uint8_t *> s.base + s.populated, end - s.populated, False):
-        return False
-    s.populated = end
+    if populate(<uint8_t *> s.base + s.populated, ahead - s.populated, False):
+        ahead = min(end, s.stop)                # what cannot be read may lie behind what is asked for
+        s.step = PAGE_BYTES
+        if populate(<uint8_t *> s.base + s.populated, ahead - s.populated, False):
+            return False
+    s.populated = ahead
     return True
 
 

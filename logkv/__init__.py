@@ -19,6 +19,7 @@ from logkv.errors import (
 )
 
 try:
+    from logkv.repair import Loss, RepairReport, repair
     from logkv.store import Reader, Store, Writer, open
     from logkv.verification import Problem, Report, verify
 except ModuleNotFoundError as problem:
@@ -31,5 +32,5 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ClosedError", "CorruptionError", "Error", "FormatError", "LockedError", "NotFoundError", "ReadOnlyError",
-    "Problem", "Reader", "Report", "Store", "Writer", "error", "open", "verify",
+    "Loss", "Problem", "Reader", "RepairReport", "Report", "Store", "Writer", "error", "open", "repair", "verify",
 ]

@@ -396,7 +396,7 @@ class Compactor:
         if end > output.chunks * _core.CHUNK:
             raise Error(f"more is alive in segments than was counted: {end} bytes, {output.capacity} were expected")
         output.capacity, output.records = end, merging.records
-        footer = merging.footer()
+        footer = merging.footer(output.first_version, output.last_version)
         files.write_at(fd, footer, end)
         files.sync_data(fd)
         engine.directory.sync()

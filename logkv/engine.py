@@ -221,7 +221,7 @@ class Engine:
             fd = self.directory.open(segment.name, writable=self.writable)
         except FileNotFoundError:
             raise CorruptionError("a file that the MANIFEST names is missing", path=self.path_of(segment.name),
-                                  segment=segment.number, expected="a segment", found="nothing") from None
+                                  segment=segment.number, expected="a segment", found="nothing", fatal=True) from None
         except OSError as problem:
             raise Error(problem.errno, f"cannot open a segment: {problem.strerror}",
                         self.path_of(segment.name)) from None
@@ -392,7 +392,7 @@ def no_store(directory: files.Directory) -> Error:
     if foreign:
         return FormatError(f"{directory.path} is not a LogKV store: it holds {sorted(foreign)[0]!r} and no MANIFEST")
     if recovery.has_records(directory):
-        return CorruptionError("the MANIFEST is missing, but there are segments", expected="a MANIFEST", found="none",
+        return CorruptionError("the MANIFEST is missing, but there are segments", expected="a MANIFEST", found="none", fatal=True,
                                path=os.path.join(directory.path, files.MANIFEST))
     if directory.removed():
         return NotFoundError(errno.ENOENT, "the store's directory was removed while it was open; what is there now must be "

@@ -7,6 +7,9 @@ __all__ = [
 ]
 
 
+HELP = "logkv verify lists all that is damaged, logkv repair keeps all that is not"
+
+
 class Error(OSError):
     """The root of LogKV's errors; an OSError, as the errors of `dbm` are."""
 
@@ -37,14 +40,16 @@ class CorruptionError(Error):
     """
 
     def __init__(self, message: str, *, path: str | None = None, segment: int | None = None, offset: int | None = None,
-                 expected: str | None = None, found: str | None = None) -> None:
+                 expected: str | None = None, found: str | None = None, fatal: bool = False) -> None:
+        """fatal: the store does not open because of it; the text says what helps."""
         where = path if path is not None else f"segment {segment}" if segment is not None else None
         parts = [message]
         if where is not None:
             parts.append(f"in {where}" + (f" at offset {offset}" if offset is not None else ""))
         if expected is not None:
             parts.append(f"expected {expected}, found {found}")
-        super().__init__(": ".join([" ".join(parts[:2]), *parts[2:]]) if where is not None else ": ".join(parts))
+        text = ": ".join([" ".join(parts[:2]), *parts[2:]]) if where is not None else ": ".join(parts)
+        super().__init__(f"{text} ({HELP})" if fatal else text)
         self.reason = message
         self.path = path
         self.segment = segment

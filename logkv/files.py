@@ -14,7 +14,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from logkv._core import filesystem_magic, free_blocks
@@ -36,6 +36,7 @@ NETWORK_FILE_SYSTEMS = {
 
 # What overwrites in place: what was allocated takes every later store.  All others are taken to copy on write.
 IN_PLACE = {0xEF53: "ext2, ext3, ext4", 0x01021994: "tmpfs", 0x858458F6: "ramfs"}
+PART = 1 << 20           # bytes of a file that are copied at a time
 LITTLE = 1 << 30        # bytes left, below which copying on write may find no room
 
 
@@ -147,34 +148,71 @@ class Directory:
         except FileNotFoundError:
             pass
 
-    def save_aside(self, label: str, data: bytes) -> None:
+    def save_aside(self, label: str, parts: Callable[[], Iterable[bytes]]) -> str:
         """Writes bytes to a new file under `lost+found`, durably: under its name it is whole.  What was saved under the
-        same label before stays."""
-        try:
-            os.mkdir(LOST_FOUND, self.mode | (self.mode & 0o444) >> 2, dir_fd=self.fd)
-        except FileExistsError:
-            pass
+        same label before stays, and is not written again if it is the same.  Returns the file's name in the directory.
+
+        parts: gives the bytes, each time it is called.
+        """
+        self._make_lost_found()
         name, turn = f"{LOST_FOUND}/{label}", 1
         unfinished = name + ".tmp"
         while self._exists(name):
-            if self.read(name) == data:
-                return
+            if self._holds(name, parts()):
+                return name
             turn += 1
             name = f"{LOST_FOUND}/{label}.{turn}"
         self.unlink(unfinished)
         fd = self.open(unfinished, writable=True, create=True, exclusive=True)
         try:
-            write_at(fd, data, 0)
+            end = 0
+            for part in parts():
+                write_at(fd, part, end)
+                end += len(part)
             sync_data(fd)
         finally:
             os.close(fd)
         self.rename(unfinished, name)
+        self._sync_lost_found()
+        return name
+
+    def move_aside(self, name: str) -> str:
+        """Moves a whole file to `lost+found`, durably; returns its name there."""
+        self._make_lost_found()
+        aside, turn = f"{LOST_FOUND}/{name}", 1
+        while self._exists(aside):
+            turn += 1
+            aside = f"{LOST_FOUND}/{name}.{turn}"
+        self.rename(name, aside)
+        self._sync_lost_found()
+        return aside
+
+    def _make_lost_found(self) -> None:
+        try:
+            os.mkdir(LOST_FOUND, self.mode | (self.mode & 0o444) >> 2, dir_fd=self.fd)
+        except FileExistsError:
+            pass
+
+    def _sync_lost_found(self) -> None:
         fd = os.open(LOST_FOUND, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
         self.sync()
+
+    def _holds(self, name: str, parts: Iterable[bytes]) -> bool:
+        """Whether a file is these bytes."""
+        fd = self.open(name)
+        try:
+            end = 0
+            for part in parts:
+                if read_at(fd, len(part), end) != part:
+                    return False
+                end += len(part)
+            return os.fstat(fd).st_size == end
+        finally:
+            os.close(fd)
 
     def _exists(self, name: str) -> bool:
         try:
@@ -258,6 +296,29 @@ def read_at(fd: int, size: int, offset: int) -> bytes:
     return b"".join(parts)
 
 
+def parts_of(fd: int, start: int, stop: int) -> Iterator[bytes]:
+    """The bytes of a range of a file, a part at a time; zeros for what the device cannot read."""
+    while start < stop:
+        size = min(PART, stop - start)
+        try:
+            part = read_at(fd, size, start)
+        except OSError as problem:
+            if problem.errno != errno.EIO:
+                raise
+            part = b"".join(_page_or_zeros(fd, at, min(4096, start + size - at)) for at in range(start, start + size, 4096))
+        if not part:
+            return
+        yield part
+        start += len(part)
+
+
+def _page_or_zeros(fd: int, offset: int, size: int) -> bytes:
+    try:
+        return read_at(fd, size, offset)
+    except OSError:
+        return bytes(size)
+
+
 # -- the writer's lock ------------------------------------------------------------------------------------------
 #
 # Byte 0 of LOCK is the lock.  Who waits for it locks the byte whose number is the time at which it began to wait, and
@@ -333,6 +394,16 @@ def lock(directory: Directory, timeout: float) -> int:
         unlock(fd)
         raise
     return fd
+
+
+def check_no_writer(directory: Directory) -> None:
+    """Raises LockedError if another open file holds the writer's lock; changes nothing."""
+    if has_writer(directory):
+        fd = directory.open(LOCK)
+        try:
+            raise _locked(directory, fd, 0)
+        finally:
+            os.close(fd)
 
 
 def _locked(directory: Directory, fd: int, timeout: float) -> LockedError:

@@ -59,7 +59,7 @@ class Manifest:
     segments: list[Segment] = field(default_factory=list)
     codec: str | None = None            # what the values are encoded with; None: they are bytes
     cut_bytes: int = 0                  # of torn tails, over the store's life
-    moves: int = 0                      # how often locations were given out anew
+    moves: int = 0                      # how often locations were given out anew, or segments replaced by a repair
 
     @classmethod
     def new(cls, codec: str | None) -> Manifest:
@@ -140,24 +140,24 @@ class Manifest:
         words = head.split(b" ")
         if not newline or b" ".join(words[:2]).decode("latin-1") != MAGIC or len(words) != 5:
             if data.startswith(MAGIC.encode()[:1]) or not data.strip(b"\0"):
-                raise CorruptionError("the first line is damaged", path=path, offset=0,
-                                      expected=f"{MAGIC} <format> <checksum> <length>", found=repr(head[:60]))
+                raise _first_line_damaged(data, path)
             raise FormatError(f"{path} is not a MANIFEST of LogKV: it begins with {head[:30]!r}")
         if not words[2].isdigit():
             raise CorruptionError("the format's number is damaged", path=path, offset=len(MAGIC) + 1,
-                                  expected=str(FORMAT), found=repr(words[2]))
+                                  expected=str(FORMAT), found=repr(words[2]), fatal=True)
         if int(words[2]) != FORMAT:
             raise FormatError(f"{path} has format {int(words[2])}; this version of LogKV knows format {FORMAT}: "
                               "a newer version wrote it, or its first line is damaged")
         if words[3] != b"%08x" % checksum(body) or words[4] != b"%d" % len(body):
             raise CorruptionError("the MANIFEST fails its checksum", path=path, offset=0,
                                   expected=f"{words[3].decode('latin-1')}, {words[4].decode('latin-1')} bytes",
-                                  found=f"{checksum(body):08x}, {len(body)} bytes")
+                                  found=f"{checksum(body):08x}, {len(body)} bytes", fatal=True)
         try:
             return cls._of(json.loads(body), path, writable)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as problem:
             raise CorruptionError("the MANIFEST makes no sense, though its checksum is right", path=path,
-                                  expected="what docs/format.md says", found=str(problem) or repr(problem)) from problem
+                                  expected="what docs/format.md says", found=str(problem) or repr(problem),
+                                  fatal=True) from problem
 
     @classmethod
     def _of(cls, fields: dict[str, Any], path: str, writable: bool) -> Manifest:
@@ -205,6 +205,12 @@ class Manifest:
         _expect(len(self.seed) == 16, f"the seed has {len(self.seed)} bytes")
 
 
+def _first_line_damaged(data: bytes, path: str) -> CorruptionError:
+    return CorruptionError("the first line is damaged", path=path, offset=0,
+                           expected=f"{MAGIC} <format> <checksum> <length>", found=repr(data[:60].partition(b"\n")[0]),
+                           fatal=True)
+
+
 def _expect(is_so: bool, otherwise: str) -> None:
     if not is_so:
         raise ValueError(otherwise)
@@ -230,7 +236,10 @@ def read(directory: files.Directory, *, writable: bool = False) -> tuple[Manifes
         raise Error(problem.errno, f"cannot read the MANIFEST: {problem.strerror}", path) from None
     try:
         status = os.fstat(fd)
-        manifest = Manifest.decode(files.read_at(fd, status.st_size, 0), path, writable=writable)
+        data = files.read_at(fd, status.st_size, 0)
+        if not data.startswith(MAGIC.encode()) and any(files.segment_number(name) is not None for name in directory.names()):
+            raise _first_line_damaged(data, path)       # of a store, and not some other program's file of that name
+        manifest = Manifest.decode(data, path, writable=writable)
     finally:
         os.close(fd)
     return manifest, Instance(manifest.generation, status.st_ino, status.st_ctime_ns)

@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from logkv import _core, files, manifest, recovery
 from logkv.engine import Engine, Progress, no_store
@@ -248,7 +249,7 @@ class Opening(Engine):
             if whole is not None:
                 lost = max(lost, whole)
                 self.directory.save_aside(f"{segment.name}.{start}-{stop}.{tail.version}",
-                                          files.read_at(fd, stop - start, start))
+                                          partial(files.parts_of, fd, start, stop))
             for offset in range(start, stop, 1 << 20):
                 files.write_at(fd, bytes(min(1 << 20, stop - offset)), offset)
             files.sync_data(fd)

@@ -117,7 +117,7 @@ def walk(engine: Engine, segment: Segment, start: int, version: int, *, trusted:
 def _damage(engine: Engine, segment: Segment, offset: int, reason: str) -> CorruptionError:
     return CorruptionError("the log is damaged where it was on the device already, and no index tells what else stood there",
                            path=engine.path_of(segment.name), segment=segment.number, offset=offset,
-                           expected="a record", found=f"none ({reason})")
+                           expected="a record", found=f"none ({reason})", fatal=True)
 
 
 def rebuild(engine: Engine, why: str) -> Tail:
@@ -185,7 +185,7 @@ def expected_keys(engine: Engine) -> int:
         if segment.sealed:
             total += segment.records
         else:
-            total += max(0, engine.directory.stat(segment.name).st_size - (1 << 20)) // 160
+            total += max(0, engine.directory.size(segment.name)[0] - (1 << 20)) // 160
     return total
 
 

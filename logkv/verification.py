@@ -6,15 +6,15 @@ import os
 from array import array
 from dataclasses import dataclass, field
 
-from logkv import _core, files, manifest
+from logkv import _core, files, inventory, manifest
 from logkv.engine import Engine, Progress, no_store
 from logkv.errors import ClosedError, CorruptionError, NotFoundError
+from logkv.inventory import START, UNKNOWN
 from logkv.manifest import Segment
 
-START = _core.SEGMENT_HEADER
-UNKNOWN = 1 << 62               # the end of a segment that only a scan can find
 ATTEMPTS = 5                    # where a writer changes the store meanwhile
 LISTED = 1000                   # problems
+DERIVED = (files.INDEX, files.CONTROL)  # what the log does not need
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,23 @@ class Report:
     def ok(self) -> bool:
         """Whether there is no problem."""
         return not self.problems
+
+    def __str__(self) -> str:
+        """Every problem and note, what was checked, and what to do next."""
+        checked = f"{self.keys:,} keys, {self.records:,} whole records in {self.segments:,} segments, {self.bytes:,} bytes"
+        verdict = f"{self.path} is whole: {checked}" if self.ok else \
+            f"{self.path} is damaged: {len(self.problems):,} problems; {checked}. {self.advice}"
+        return "\n".join([*map(str, self.problems), *(f"note: {note}" for note in self.notes), verdict])
+
+    @property
+    def advice(self) -> str:
+        """What to do about the problems; "" if there are none."""
+        if self.ok:
+            return ""
+        if all(problem.file in DERIVED for problem in self.problems):
+            return "The log is whole, so nothing is lost: logkv repair builds the rest anew from it."
+        return ("What is not damaged can still be read, if the store opens. If there is a good backup, restore that; else copy "
+                "the directory, then logkv repair keeps all that is whole, sets the rest aside, and says what is lost.")
 
     def _add(self, problem: CorruptionError) -> None:
         name = None if problem.path is None else os.path.basename(problem.path)
@@ -133,6 +150,7 @@ class _Verification:
                 raise no_store(self.directory)
         except CorruptionError as problem:
             self.report._add(problem)
+            self._check_segments_alone()
             return
         self.current, self.instance = found
         engine = self._open(Engine)
@@ -146,6 +164,15 @@ class _Verification:
             if engine is not None:
                 engine.close()
         self._note_strays()
+
+    def _check_segments_alone(self) -> None:
+        """Without a MANIFEST: what there is."""
+        found = inventory.headers(self.directory)
+        for identity in {segment.identity for segment in found}:
+            inventory.read(self.directory, [segment for segment in found if segment.identity == identity])
+        self.report.segments, self.report.records = len(found), sum(segment.records for segment in found)
+        self.report.bytes = sum(segment.size for segment in found)
+        self.report.notes += [f"{segment.name} has damaged records, too" for segment in found if not segment.intact]
 
     def _open(self, kind: type[Engine]) -> Engine | None:
         try:
@@ -214,6 +241,8 @@ class _Verification:
             if size > START:
                 self.log.map_segment(fd, segment.number, segment.chunk, segment.capacity, size, segment.salt)
             return size
+        except CorruptionError:
+            return 0                            # of another store: its header was not the expected one
         finally:
             os.close(fd)
 
@@ -240,7 +269,8 @@ class _Verification:
             self._check_footer(segment, stop)
 
     def _check_footer(self, segment: Segment, end: int) -> None:
-        footer, records, first, last, tombstones = _core.build_footer(self.log, segment.chunk, end)
+        merged = (segment.first_version, segment.last_version) if segment.merged else None
+        footer, records, first, last, tombstones = _core.build_footer(self.log, segment.chunk, end, merged)
         try:
             fd = self.directory.open(segment.name)
         except FileNotFoundError:
@@ -349,6 +379,10 @@ class _Verification:
 
     def _note_strays(self) -> None:
         current = manifest.read(self.directory)
+        if current is not None and not files.has_writer(self.directory):
+            why = inventory.contradiction(self.directory, current[0])
+            if why is not None and manifest.read(self.directory) == current and not files.has_writer(self.directory):
+                self.report._say(Problem(f"it is whole, but not that of the log: {why}", files.MANIFEST))
         named = {segment.name for segment in (self.current if current is None else current[0]).segments}
         for name in sorted(self.directory.names()):
             if not files.is_store_name(name):

@@ -22,7 +22,7 @@ import logkv
 from logkv.cli import main, terminal
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("get", "put", "delete", "import", "export", "migrate", "stats", "verify", "compact", "demo")
+COMMANDS = ("get", "put", "delete", "import", "export", "migrate", "stats", "verify", "repair", "compact", "demo")
 LIMIT = 60          # seconds
 LOGKV = [sys.executable, "-m", "logkv"]
 # The same command where what the extra `cli` brings is missing.

@@ -85,7 +85,7 @@ def test_an_iterator_that_was_open_says_so(path: str, view: str) -> None:
         with logkv.open(path, segment_size=SEGMENT):
             reader.get(b"key 1")
             for _ in range(2):
-                with pytest.raises(logkv.Error, match="anew while this iterator was open"):
+                with pytest.raises(logkv.Error, match="anew, while this iterator was open"):
                     next(begun)
             assert len(list(getattr(reader, view)())) == len(model)
 

@@ -347,3 +347,50 @@ def test_a_writer_that_died_before_its_last_record_was_in_the_index(path: str, i
     assert report.ok and "died" in report.notes[0]
     with logkv.open(path) as db:
         assert db["7"] == b"last" and db.verify().ok and not db.verify().notes
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_the_segment_that_is_appended_to_is_missing(sealed: str, index: bool) -> None:
+    segments(sealed)[-1].unlink()
+    segments(sealed)[-1].unlink()
+    if not index:
+        os.unlink(Path(sealed, "index"))
+        with pytest.raises(logkv.CorruptionError, match="missing"):
+            logkv.Reader(sealed)
+    report = logkv.verify(sealed)
+    assert not report.ok and "missing" in str(report)
+
+
+def test_the_report_says_what_to_do_next(sealed: str) -> None:
+    report = logkv.verify(sealed)
+    assert report.advice == "" and str(report).startswith(f"{sealed} is whole: ")
+    data = Path(sealed, "control").read_bytes()
+    change(Path(sealed, "control"), 1024)
+    report = logkv.verify(sealed)
+    assert "nothing is lost" in report.advice and report.advice in str(report)
+    Path(sealed, "control").write_bytes(data)
+    change(segments(sealed)[0], 200)
+    report = logkv.verify(sealed)
+    assert "backup" in report.advice and "logkv repair" in report.advice and str(report.problems[0]) in str(report)
+
+
+@pytest.mark.parametrize("how", ["missing", "damaged", "garbage"])
+def test_without_a_manifest_the_segments_are_read(sealed: str, how: str) -> None:
+    whole = logkv.verify(sealed)
+    if how == "missing":
+        os.unlink(Path(sealed, "MANIFEST"))
+    elif how == "damaged":
+        change(Path(sealed, "MANIFEST"), 200)
+    else:
+        Path(sealed, "MANIFEST").write_bytes(b"something else")
+    first = segments(sealed)[0]
+    change(first, first.read_bytes().index(b"key 20") + 1)
+    report = logkv.verify(sealed)
+    assert [problem.file for problem in report.problems] == ["MANIFEST"]
+    assert report.records == whole.records - 1 and first.name in report.notes[0]
+
+
+def test_a_segment_of_another_store(sealed: str, tmp_path: Path) -> None:
+    logkv.open(tmp_path / "other").close()
+    segments(sealed)[1].write_bytes(segments(str(tmp_path / "other"))[0].read_bytes())
+    assert segments(sealed)[1].name in {problem.file for problem in logkv.verify(sealed).problems}

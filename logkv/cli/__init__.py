@@ -24,6 +24,7 @@ MODULES = {
     "transfer": ("import", "export"),
     "migrate": ("migrate",),
     "inspect": ("stats", "verify"),
+    "repair": ("repair",),
     "compact": ("compact",),
     "demo": ("demo",),
 }

@@ -106,7 +106,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     with progress("verify", unit="bytes") as update:
         report = logkv.verify(arguments.store, progress=update)
     if arguments.json:
-        emit({"ok": report.ok} | asdict(report))
+        emit({"ok": report.ok} | asdict(report) | {"advice": report.advice})
         return 0 if report.ok else 1
     for problem in report.problems:
         print(problem)
@@ -117,8 +117,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     if report.ok:
         print(f"{report.path} is whole: {checked}")
         return 0
-    print(f"{report.path} is damaged: {counted(len(report.problems), 'problem')} in {checked}. What is not damaged can "
-          "still be read; for the rest, take the named files from a backup.")
+    print(f"{report.path} is damaged: {counted(len(report.problems), 'problem')} in {checked}. {report.advice}")
     return 1
 
 
