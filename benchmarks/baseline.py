@@ -299,7 +299,7 @@ def replay(log: list[Segment], apply: Callable[[Segment, Record], object]) -> in
             version = max(version, record.version)
         if segment.entry["sealed"]:
             _expect(f"{segment.path}: totals", segment.totals(), {name: segment.entry[name] for name in TOTALS})
-        elif before and not segment.records:
+        elif before and not segment.records and segment.entry["end"] is None:
             break  # prepared, not begun
         reach += 1
     _expect(f"{log[reach - 1].path}: sealed without a successor", log[reach - 1].entry["sealed"], False)

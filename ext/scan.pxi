@@ -172,7 +172,7 @@ def adopt_last(Log log, uint64_t chunk) -> None:
     cdef Trouble t
     cdef uint64_t location, h
     cdef int status
-    begin_scan(log, &s, chunk, now.end, log.chunks[chunk].limit, now.version)
+    begin_scan(log, &s, chunk, now.end, <uint64_t> -1, now.version)
     location = s.origin + (s.offset >> LOCATION_UNIT_SHIFT)
     if next_record(&s, &r) != RECORD_OK or (r.kind != KIND_PUT and r.kind != KIND_DELETE):
         return
@@ -235,7 +235,7 @@ def find_mark(Log log, uint64_t chunk, uint64_t start, uint64_t version) -> tupl
     cdef sync_mark_value *mark
     cdef uint64_t number = 0, end = 0
     cdef bint found = False
-    begin_scan(log, &s, chunk, start, log.chunks[chunk].limit, version)
+    begin_scan(log, &s, chunk, start, <uint64_t> -1, version)
     if s.offset < s.stop and not make_present(&s, s.stop):
         raise Error(5, "input/output error behind the end of the log")
     with nogil:
@@ -256,7 +256,7 @@ def find_record(Log log, uint64_t chunk, uint64_t start, uint64_t version) -> in
     cdef record_view r
     cdef uint64_t highest = 0
     cdef uint8_t kind
-    begin_scan(log, &s, chunk, start, log.chunks[chunk].limit, version)
+    begin_scan(log, &s, chunk, start, <uint64_t> -1, version)
     if s.offset < s.stop and not make_present(&s, s.stop):
         raise Error(5, "input/output error behind the end of the log")
     with nogil:
@@ -295,9 +295,13 @@ def first_nonzero(Log log, uint64_t chunk, uint64_t start, uint64_t stop) -> tup
     if populate(segment.base + start, stop - start, False):
         raise Error(5, "input/output error behind the end of the log")
     with nogil:
+        while first + 8 <= stop and (<uint64_t *> (segment.base + first))[0] == 0:
+            first += 8
         while first < stop and segment.base[first] == 0:
             first += 1
         last = stop
+        while last & 7 == 0 and last >= first + 8 and (<uint64_t *> (segment.base + last - 8))[0] == 0:
+            last -= 8
         while last > first and segment.base[last - 1] == 0:
             last -= 1
     return (first, last) if first < last else None
@@ -308,7 +312,7 @@ def read_link(Log log, uint64_t chunk) -> tuple | None:
     cdef Scan s
     cdef record_view r
     cdef continues_value *link
-    begin_scan(log, &s, chunk, SEGMENT_HEADER_BYTES, log.chunks[chunk].limit, 0)
+    begin_scan(log, &s, chunk, SEGMENT_HEADER_BYTES, <uint64_t> -1, 0)
     if next_record(&s, &r) != RECORD_OK or r.kind != KIND_CONTINUES or r.value_length != sizeof(continues_value):
         return None
     link = <continues_value *> r.value

@@ -296,7 +296,7 @@ class Compactor:
         options = self._engine.options
         run: list[Share] = []
         for share in [*found, None]:
-            if share is not None and share.segment.last_version <= behind:
+            if share is not None and not run and share.segment.last_version <= behind:
                 continue
             worth = share is not None and share.has_dead
             fits = share is not None and sum(one.size - one.gain for one in [*run, share]) <= options.segment_size
@@ -326,7 +326,8 @@ class Compactor:
             output = engine.manifest.new_segment(room)
             merging = self._begin(inputs, older, output)
         output.sealed = output.merged = True
-        output.first_version, output.last_version = inputs[0].first_version, inputs[-1].last_version
+        output.first_version = min([s.first_version for s in inputs if s.records], default=0)
+        output.last_version = max(s.last_version for s in inputs)
         fd = -1
         try:
             fd = self._create(output)

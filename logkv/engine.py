@@ -64,7 +64,8 @@ class Engine:
         self._take_index()
 
     def _read_manifest(self) -> tuple[Manifest, Instance]:
-        found = manifest.read(self.directory, writable=self.writable)
+        known = getattr(self, "manifest", None)
+        found = manifest.read(self.directory, writable=self.writable, known=known)
         if found is None:
             problem = no_store(self.directory)
             found = manifest.read(self.directory, writable=self.writable)   # a store may just have been created

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import os
 import re
 import struct
@@ -462,6 +463,7 @@ def _wait_for_lock(fd: int, deadline: float) -> bool:
 
 # -- the system -------------------------------------------------------------------------------------------------
 
+@functools.cache
 def boot_id() -> bytes:
     """16 bytes that name this run of the system; zeros if it has no such name (then nothing is believed across
     processes that died)."""

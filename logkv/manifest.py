@@ -60,6 +60,7 @@ class Manifest:
     codec: str | None = None            # what the values are encoded with; None: they are bytes
     cut_bytes: int = 0                  # of torn tails, over the store's life
     moves: int = 0                      # how often locations were given out anew, or segments replaced by a repair
+    text: bytes = b""                   # the file that this was read from
 
     @classmethod
     def new(cls, codec: str | None) -> Manifest:
@@ -116,7 +117,7 @@ class Manifest:
         return None
 
     def copy(self) -> Manifest:
-        return replace(self, cuts=[list(cut) for cut in self.cuts], segments=[replace(s) for s in self.segments])
+        return replace(self, text=b"", cuts=[list(cut) for cut in self.cuts], segments=[replace(s) for s in self.segments])
 
     def encode(self) -> bytes:
         """The file's bytes."""
@@ -127,7 +128,7 @@ class Manifest:
             "next_number": self.next_number, "next_chunk": self.next_chunk, "last_version": self.last_version,
             "cuts": self.cuts, "cut_bytes": self.cut_bytes,
             "segments": [{name: getattr(s, name) for name in Segment.__slots__} for s in self.segments],
-        }, indent=1).encode()
+        }).encode()
         return b"%s %d %08x %d\n" % (MAGIC.encode(), FORMAT, checksum(body), len(body)) + body
 
     @classmethod
@@ -153,11 +154,13 @@ class Manifest:
                                   expected=f"{words[3].decode('latin-1')}, {words[4].decode('latin-1')} bytes",
                                   found=f"{checksum(body):08x}, {len(body)} bytes", fatal=True)
         try:
-            return cls._of(json.loads(body), path, writable)
+            found = cls._of(json.loads(body), path, writable)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as problem:
             raise CorruptionError("the MANIFEST makes no sense, though its checksum is right", path=path,
                                   expected="what docs/format.md says", found=str(problem) or repr(problem),
                                   fatal=True) from problem
+        found.text = data
+        return found
 
     @classmethod
     def _of(cls, fields: dict[str, Any], path: str, writable: bool) -> Manifest:
@@ -186,7 +189,7 @@ class Manifest:
         for s in self.segments:
             numbers = [s.number, s.chunk, s.capacity, s.records, s.first_version, s.last_version, s.end or 0, s.tombstones,
                        s.replaced_by]
-            _expect(all(type(n) is int for n in numbers), f"segment {s.number} has something in place of a number")
+            _expect({*map(type, numbers)} == {int}, f"segment {s.number} has something in place of a number")
             counts += numbers
             _expect(type(s.salt) is int and 0 <= s.salt < 1 << 32, f"segment {s.number} has salt {s.salt!r}")
             _expect(type(s.sealed) is bool and (s.end is not None or not s.sealed), f"segment {s.number} is sealed without end")
@@ -198,7 +201,7 @@ class Manifest:
             _expect(s.records <= s.chunks * CHUNK, f"segment {s.number} has {s.records} records")
         placed = sorted(self.segments, key=lambda s: s.chunk)
         _expect(all(a.chunk + a.chunks <= b.chunk for a, b in zip(placed, placed[1:])), "two segments share a chunk")
-        _expect(all(type(n) is int and 0 <= n < 1 << 64 for n in counts), "a number is out of range")
+        _expect({*map(type, counts)} == {int} and min(counts) >= 0 and max(counts) < 1 << 64, "a number is out of range")
         _expect(len({s.number for s in self.segments}) == len(self.segments), "two segments have one number")
         _expect(bool(self.segments) and not self.segments[-1].sealed, "no segment is there to be appended to")
         _expect(self.codec is None or isinstance(self.codec, str), f"the codec is {self.codec!r}")
@@ -225,8 +228,12 @@ class Instance:
     ctime: int
 
 
-def read(directory: files.Directory, *, writable: bool = False) -> tuple[Manifest, Instance] | None:
-    """The MANIFEST of a directory and which file it came from, or None if there is none."""
+def read(directory: files.Directory, *, writable: bool = False,
+         known: Manifest | None = None) -> tuple[Manifest, Instance] | None:
+    """The MANIFEST of a directory and which file it came from, or None if there is none.
+
+    known: what was read before; this itself is returned if the file still says the same.
+    """
     path = os.path.join(directory.path, files.MANIFEST)
     try:
         fd = directory.open(files.MANIFEST)
@@ -237,11 +244,12 @@ def read(directory: files.Directory, *, writable: bool = False) -> tuple[Manifes
     try:
         status = os.fstat(fd)
         data = files.read_at(fd, status.st_size, 0)
-        if not data.startswith(MAGIC.encode()) and any(files.segment_number(name) is not None for name in directory.names()):
-            raise _first_line_damaged(data, path)       # of a store, and not some other program's file of that name
-        manifest = Manifest.decode(data, path, writable=writable)
     finally:
         os.close(fd)
+    if not data.startswith(MAGIC.encode()) and any(files.segment_number(name) is not None for name in directory.names()):
+        raise _first_line_damaged(data, path)       # of a store, and not some other program's file of that name
+    same = known if data and known is not None and known.text == data else None
+    manifest = same or Manifest.decode(data, path, writable=writable)
     return manifest, Instance(manifest.generation, status.st_ino, status.st_ctime_ns)
 
 

@@ -79,9 +79,9 @@ class Opening(Engine):
     def _open(self) -> None:
         began = time.perf_counter()
         with files.full_disk_is_an_error(self.directory.path, "open the store"):
-            self._look()                # what is refused is not touched, not even by a lock
+            found = self._look()        # what is refused is not touched, not even by a lock
             self._lock_fd = files.lock(self.directory, self._timeout)
-            found = self._look()
+            found = self._look(None if found is None else found[0])
             if found is None:
                 self._create()
                 found = self._look()
@@ -96,16 +96,17 @@ class Opening(Engine):
         self.log.set_sync(sync == "always", int(sync * 1e9) if not isinstance(sync, str) else 0)
         self.recovered.setdefault("seconds", time.perf_counter() - began)
 
-    def _look(self) -> tuple[Manifest, Instance] | None:
-        """The MANIFEST, or None where a store may be created; raises for anything else."""
-        found = manifest.read(self.directory, writable=True)
+    def _look(self, known: Manifest | None = None) -> tuple[Manifest, Instance] | None:
+        """The MANIFEST, or None where a store may be created; raises for anything else.  known: what was looked at before."""
+        found = manifest.read(self.directory, writable=True, known=known)
         if found is None:
             problem = no_store(self.directory)
             found = manifest.read(self.directory, writable=True)    # a store may just have been created
         if found is not None:
-            if self._check is not None:
-                self._check(found[0])
-            recovery.check_headers(self.directory, found[0])
+            if found[0] is not known:
+                if self._check is not None:
+                    self._check(found[0])
+                recovery.check_headers(self.directory, found[0])
         elif not (self._create_missing and isinstance(problem, NotFoundError)):
             raise problem
         return found
@@ -273,12 +274,15 @@ class Opening(Engine):
         if version != tail.version or self.recovered["index"] == "rebuilt":
             self.log.settle_state(tail.segment.number, tail.end, version)
         gone = [s for s in current.segments if s.replaced_by and self.recovered["index"] == "rebuilt"]
+        gone += current.segments[self.manifest.segments.index(tail.segment) + 2:]   # one is prepared, at most
         current.segments = [s for s in current.segments if s not in gone]
         self.log.note_epoch(current.epoch)
         # Where only the generation is new, its loss to a power cut loses nothing.
-        self.write_manifest(current, durable=lost > 0 or self.recovered["index"] == "rebuilt")
+        self.write_manifest(current, durable=lost > 0 or bool(gone) or self.recovered["index"] == "rebuilt")
+        self.log.drop_segments([segment.chunk for segment in gone])
         for segment in gone:
-            self.directory.unlink(segment.name)
+            _core.drop_row(self.log, segment.chunk)
+            self._drop(segment)
         if self.recovered["index"] == "rebuilt":
             self._vouch_index(_core.index_nonce(self.log))
             self.directory.sync()
@@ -393,6 +397,7 @@ class Opening(Engine):
         new.segments[at].end = durable
         parts = []
         for source in segments[at:segments.index(tail.segment) + 1]:
+            self.map_segment(source)
             start = durable if source is segment else START
             stop = tail.end if source is tail.segment else source.end if source.end is not None else 1 << 62
             parts.append((source.chunk, start, stop))
@@ -402,6 +407,7 @@ class Opening(Engine):
         for chunk, start, stop in parts:
             records += _core.copy_records(self.log, chunk, start, stop, copy.salt, START + len(records))
         self._create_segment(new, copy, records)
+        self.log.distrust_index()       # it points beyond the end that this MANIFEST gives to the old segment
         self.write_manifest(new)
         for old in segments[at + 1:]:
             self._drop(old)

@@ -103,6 +103,8 @@ def walk(engine: Engine, segment: Segment, start: int, version: int, *, trusted:
             segment, at, start = following, at + 1, START
             continue
         rest = segments[at + 1:]
+        for behind in rest[1:]:
+            engine.map_segment(behind)
         if segment.end is not None and end != stop or (segment.number, end) < engine.promised:
             raise _damage(engine, segment, end, reason)
         for behind in [] if trusted else [segment, *rest]:

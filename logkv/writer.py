@@ -141,7 +141,7 @@ class Writing(Opening):
             chunks = -(-self._full_at // _core.CHUNK)       # no more of the location space than it will use
             capacity = max(min(self.options.segment_size, chunks * _core.CHUNK), START + _core.CONTINUES_SIZE + need)
             old = self._successor()
-            if old is not None and old.capacity >= capacity:
+            if old is not None and old.capacity >= capacity or self.full_segments():    # rotated meanwhile
                 return
             new = self.manifest.copy()
             if old is not None:

@@ -624,6 +624,37 @@ def test_damage_met_in_the_background(path: str) -> None:
 # -- options ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("how", ["compact", "both"])
+def test_a_segment_without_a_record_between_two_others(path: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a failed sync leaves it: it is merged with its neighbours, and says nothing of versions."""
+    model: Model = {}
+    db = opened(path)
+    for n in range(4):
+        put(db, model, f"first {n}", bytes(5000))
+    drop(db, model, "first 1")
+    rotate(db)
+    put(db, model, "lost?", b"no")
+
+    def fails(fd: int) -> None:
+        raise OSError(errno.EIO, "it fails")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sync_data", fails)
+        with pytest.raises(logkv.Error, match="it fails"):
+            db.sync()
+    db = reopen(db)
+    assert [s["records"] for s in db.stats()["segments"]][1:] == [0, None]
+    for _ in range(3):
+        put(db, model, "last", bytes(1000))
+    if how == "both":
+        merge(db, 0, 1)
+        check(db, model)
+    db.compact()
+    check(db, model)
+    assert db.stats()["dead_bytes"] < 1000
+    db.close()
+
+
 def test_manual_never_merges_by_itself(path: str) -> None:
     with logkv.open(path, segment_size=SEGMENT, compaction="manual") as db:
         for number in range(20_000):

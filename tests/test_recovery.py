@@ -9,11 +9,12 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import logkv
-from logkv import files
+from logkv import _core, files, manifest
 from logkv.opening import Opening
 from logkv.store import Options, Store, Writing, _acquire_writer
 
@@ -389,12 +390,127 @@ def test_a_failed_sync_poisons_the_writer(path: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(files, "sync_data", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}").encode()), real(fd))[1])
     with logkv.open(path, compaction="manual") as db:   # else the old segment, of which nothing is alive, may be gone
         assert dict(db) == expected == dict(reader)
-        assert len(segments(path)) == 2 and any(b"0000000002.seg" in name for name in synced)
+        assert segments(path)[-1].name == "0000000002.seg" and any(b"0000000002.seg" in name for name in synced)
         db["new"] = "4"
     os.unlink(os.path.join(path, "index"))
     with logkv.open(path) as db:
         assert dict(db) == {**expected, b"new": b"4"}
     reader.close()
+
+
+def test_one_failed_sync_after_another(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is sealed: what is written again stands in several segments."""
+    def fails(fd: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Writing, "_request_sealing", lambda engine: None)
+    expected = {b"first": bytes(50_000), b"second": bytes(20_000)}
+    db = logkv.open(path, segment_size=65_536)
+    db.update(expected)
+    db.sync()                           # as far as into the second segment
+    for turn in range(3):
+        db["last"] = expected[b"last"] = b"%d" % turn
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "sync_data", fails)
+            with pytest.raises(logkv.Error, match="a sync failed"):
+                db.sync()
+        db.close()
+        db = logkv.open(path, segment_size=65_536)
+        assert dict(db) == expected
+    db.close()
+
+
+def test_a_log_that_ends_before_two_segments(path: str) -> None:
+    """As a power cut leaves it that takes the end of a full segment, while its successor had one too."""
+    with logkv.open(path, segment_size=65_536) as db:
+        db["before"] = expected = bytes(30_000)
+    with contextlib.closing(files.Directory(path)) as directory:
+        found = manifest.read(directory)
+        assert found is not None
+        current = found[0]
+        for _ in range(2):
+            new = current.add_segment(65_536)
+            header = _core.encode_segment_header(new.number, current.identity, current.seed, new.salt)
+            Path(path, new.name).write_bytes(header.ljust(32_768, b"\0"))
+        Path(path, files.MANIFEST).write_bytes(current.encode())
+    with logkv.open(path, segment_size=65_536) as db:
+        assert len(segments(path)) == 2
+        for n in range(10):
+            db[str(n)] = expected
+    os.unlink(os.path.join(path, files.CONTROL))
+    with logkv.open(path, segment_size=65_536) as db:
+        assert len(db) == 11 and set(db.values()) == {expected}
+
+
+def test_nothing_is_prepared_while_a_full_segment_is_not_sealed(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the background thread is asked for may come late: all but the last two segments are sealed."""
+    monkeypatch.setattr(Writing, "_request", lambda engine, task: None)
+    with logkv.open(path, segment_size=65_536) as db:
+        db["first"] = bytes(40_000)
+        db["second"] = bytes(40_000)
+        assert isinstance(db._engine, Writing)
+        db._engine._prepare()
+        assert len(segments(path)) == 2
+
+
+def test_damage_before_several_segments_that_are_not_sealed(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As failed syncs leave them; all of them are looked at for marks of what the device had."""
+    def fails(fd: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Writing, "_request_sealing", lambda engine: None)
+    db = logkv.open(path, segment_size=65_536)
+    db.update({b"first": bytes(50_000), b"second": bytes(20_000)})
+    db.sync()
+    db["last"] = "1"
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sync_data", fails)
+        with pytest.raises(logkv.Error, match="a sync failed"):
+            db.sync()
+    db.close()
+    logkv.open(path, segment_size=65_536).close()
+    for file in segments(path)[:2]:
+        file.write_bytes(file.read_bytes()[:64].ljust(65_536, b"\0"))
+    os.unlink(os.path.join(path, files.CONTROL))
+    assert len(segments(path)) == 3
+    for flag in "rw":
+        with pytest.raises(logkv.CorruptionError, match="damaged where it was on the device"):
+            logkv.open(path, flag)
+
+
+def test_a_kill_while_a_failed_sync_is_made_good(path: str, in_child: Callable[[Callable[[], None]], int],
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """The MANIFEST names the copy and ends the old segment, to which the index still points: nobody may believe that."""
+    db = logkv.open(path)
+    db["durable"] = "1"
+    db.sync()
+    db["later"] = "2"
+
+    def fails(fd: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sync_data", fails)
+        with pytest.raises(logkv.Error, match="a sync failed"):
+            db.sync()
+    db.close()
+    write = Opening.write_manifest
+
+    def die(engine: Opening, *arguments: Any, **options: Any) -> None:
+        write(engine, *arguments, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def dies() -> None:
+        monkeypatch.setattr(Opening, "write_manifest", die)
+        logkv.open(path)
+
+    assert in_child(dies) == -signal.SIGKILL
+    assert len(segments(path)) == 2
+    expected = {b"durable": b"1", b"later": b"2"}
+    with logkv.Reader(path) as reader:
+        assert dict(reader) == expected
+    with logkv.open(path) as db:
+        assert dict(db) == expected
 
 
 # -- damage -----------------------------------------------------------------------------------------------------

@@ -39,6 +39,13 @@ class Synced:
 
 
 @dataclass(frozen=True, slots=True)
+class SyncFailed:
+    """A sync of this file failed: the system may have dropped what it could not write, and calls it clean."""
+
+    file: int
+
+
+@dataclass(frozen=True, slots=True)
 class SyncedNames:
     """The names in a directory are on the device: in the store's own (""), or in one below."""
 
@@ -53,10 +60,24 @@ class Begun:
 
 
 @dataclass(frozen=True, slots=True)
+class Returned:
+    """Everything up to this operation was acknowledged: it survives the death of the process."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
 class Durable:
     """Everything up to this operation was acknowledged as durable; 0: the store was."""
 
     index: int
 
 
-Event = Changed | Named | Synced | SyncedNames | Begun | Durable
+@dataclass(frozen=True, slots=True)
+class Compacting:
+    """A merge or the sealing of a segment begins, or has ended."""
+
+    now: bool
+
+
+Event = Changed | Named | Synced | SyncFailed | SyncedNames | Begun | Returned | Durable | Compacting

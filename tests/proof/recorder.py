@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -11,7 +12,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from logkv import files
-from tests.proof.events import DIRECTORY, PAGE, Begun, Changed, Durable, Event, Named, Synced, SyncedNames
+from tests.proof.events import DIRECTORY, PAGE, Begun, Changed, Compacting, Durable, Event, Named, Returned, Synced, \
+    SyncedNames, SyncFailed
 
 
 class _Calls:
@@ -61,6 +63,9 @@ class _Calls:
     def fsync(self, fd: int) -> None:
         with self._recorder.call() as recorder:     # no need to really do it
             status = os.fstat(fd)
+            if recorder.failing and status.st_ino in recorder.inodes:
+                recorder.events.append(SyncFailed(recorder.inodes[status.st_ino]))
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
             if not stat.S_ISDIR(status.st_mode):
                 recorder.events.append(Synced(recorder.inodes[status.st_ino]))
             elif status.st_ino in recorder.directories:     # and not the one above
@@ -89,6 +94,7 @@ class Recorder:
         self.names: dict[str, int] = {}
         self.inodes: dict[int, int] = {}
         self.meanwhile: Callable[[], None] | None = None    # what another thread does at every call
+        self.failing = False                    # syncs of files
         self._fds: list[int] = []               # an inode that is held open is not given out again
         self._contents: list[bytes] = []
 
@@ -146,8 +152,8 @@ class Recorder:
 
     def notice(self) -> None:
         """Finds the pages that changed since the last time."""
-        for file, fd in enumerate(self._fds):
-            before = self._contents[file]
+        for file in sorted(set(self.names.values())):       # what has no name any more changes no more
+            fd, before = self._fds[file], self._contents[file]
             size = os.fstat(fd).st_size
             after = os.pread(fd, size, 0)
             if before == after:
@@ -160,7 +166,7 @@ class Recorder:
             self.events.append(Changed(file, size, pages))
             self._contents[file] = after
 
-    def note(self, event: Begun | Durable) -> None:
-        """An operation begins or was acknowledged."""
+    def note(self, event: Begun | Returned | Durable | Compacting) -> None:
+        """An operation begins or was acknowledged, or a part of one."""
         self.notice()
         self.events.append(event)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import warnings
 from collections import defaultdict
@@ -10,10 +11,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from logkv import manifest, store, writer
+from benchmarks import baseline
+from logkv import _core, manifest, opening, store, writer
+from logkv.errors import Error
 from logkv.opening import Options
-from tests.proof.common import SEGMENT
-from tests.proof.events import Begun, Durable
+from tests.proof.common import NOISE, SEGMENT
+from tests.proof.events import Begun, Compacting, Durable, Returned
 from tests.proof.recorder import Recorder
 
 
@@ -160,8 +163,30 @@ class Session:
 
     def open(self, flag: str = "c") -> None:
         self._store = open_store(self.path, flag, self.options)
+        if self.recorder is not None:
+            engine = self._engine
+            for owner, name in ((engine, "seal_oldest"), (engine.compactor, "_merge"),
+                                (engine.compactor, "_finish_interrupted")):
+                setattr(owner, name, self._noted(getattr(owner, name)))
 
-    def _note(self, event: Begun | Durable) -> None:
+    def _noted(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """A step of compaction, and when it begins and ends."""
+        @functools.wraps(step)
+        def noted(*arguments: Any) -> Any:
+            self._note(Compacting(True))
+            try:
+                return step(*arguments)
+            finally:
+                self._note(Compacting(False))
+
+        return noted
+
+    @property
+    def recovered(self) -> dict[str, Any]:
+        """What the opening found, as in `stats()["recovery"]`."""
+        return self._engine.recovered
+
+    def _note(self, event: Begun | Returned | Durable | Compacting) -> None:
         if self.recorder is not None:
             self.recorder.note(event)
 
@@ -187,7 +212,9 @@ class Session:
 
     def _put(self, key: bytes, size: int) -> None:
         mark = b"%x." % (len(self.history) | self.dice.getrandbits(16) << 16)
-        value = mark + self.dice.randbytes(max(0, size - len(mark)))
+        size = max(0, size - len(mark))
+        at = self.dice.randrange(len(NOISE) - size)
+        value = mark + NOISE[at:at + size]
         self._note(Begun(self.history.add(key, value)))
         self.store.put(key, value)
         self._acknowledge()
@@ -205,10 +232,7 @@ class Session:
         self._work()
 
     def _acknowledge(self) -> None:
-        if self.options.sync == "always":
-            self._note(Durable(len(self.history)))
-        elif self.recorder is not None:
-            self.recorder.notice()
+        self._note(Durable(len(self.history)) if self.options.sync == "always" else Returned(len(self.history)))
 
     def sync(self) -> None:
         for _ in range(self.dice.choice((1, 1, 2))):
@@ -217,6 +241,20 @@ class Session:
                 self.store.sync()
             self._note(Durable(covered))
         self._work()
+
+    def fail_sync(self) -> None:
+        """A sync of the log fails, the writer closes or dies, and the next one opens the store in the same boot."""
+        assert self.recorder is not None
+        self.recorder.failing = True
+        with suppress(Error):
+            self.store.sync()
+        self.recorder.failing = False
+        if self.dice.random() < 0.5:
+            self.kill()
+        else:
+            with suppress(Error):
+                self.store.close()
+        self.open("w")
 
     def close(self) -> None:
         self.store.close()
@@ -289,9 +327,11 @@ class _Seeded:
 @contextmanager
 def determined(dice: random.Random) -> Iterator[None]:
     """All on one thread, and identities, salts and seeds from these dice: a run can be repeated.  What fails in the
-    background raises."""
+    background raises.  Files are small at first, so that they grow often.  The pure-Python program has the core's
+    checksum, which is compared with its own elsewhere."""
     places: list[tuple[Any, str, Any]] = [(manifest, "secrets", _Seeded(dice)), (writer, "secrets", _Seeded(dice)),
-                                          (writer, "Worker", Later)]
+                                          (writer, "Worker", Later), (baseline, "crc32c", _core.checksum),
+                                          (opening, "FIRST_STEP", _core.PAGE)]
     before = [getattr(module, name) for module, name, _ in places]
     for module, name, value in places:
         setattr(module, name, value)

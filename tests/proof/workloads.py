@@ -183,6 +183,22 @@ def merging(db: Session, dice: random.Random) -> None:
 
 
 @workload()
+def failing_syncs(db: Session, dice: random.Random) -> None:
+    """A sync fails now and then: the writer ends, and the next one writes again what the device may not have."""
+    for _ in range(70):
+        key = b"key %d" % dice.randrange(10)
+        db.put(key, dice.choice((20, 300, 3000, 9000)))
+        what = dice.random()
+        if what < 0.1:
+            db.fail_sync()
+        elif what < 0.2:
+            db.sync()
+        elif what < 0.3:
+            db.delete(key)
+    db.close()
+
+
+@workload()
 def overflowing(db: Session, dice: random.Random) -> None:
     """So much is overwritten and deleted that compaction begins by itself; or that whole segments are dead."""
     keys = dice.choice((1, 12, 12))
