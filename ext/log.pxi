@@ -15,6 +15,12 @@ cdef struct Mapped:         # a segment's mapping
     Mapped *next            # of `Log.mapped_segments`, or of a Hold
 
 
+cdef struct Mapping:        # what is to be unmapped in the end
+    void *address
+    uint64_t length
+    Mapping *next
+
+
 cdef struct Index:          # replaced as a whole: whoever has loaded the pointer sees one index
     uint8_t *base
     index_header *header    # base again
@@ -39,6 +45,13 @@ cdef struct Active:         # the segment that is appended to
 
 
 cdef uint64_t INDEX_RESERVE = 64 << 20
+
+
+cdef Mapping *new_mapping() except NULL:
+    cdef Mapping *mapping = <Mapping *> calloc(1, sizeof(Mapping))
+    if mapping == NULL:
+        raise MemoryError()
+    return mapping
 
 
 cdef void free_all(Mapped *m) noexcept nogil:
@@ -110,7 +123,7 @@ cdef class Log:
         shared_word merges          # and how often segments had gone
         Active active
         uint64_t seq, version, keys
-        dict mappings               # address: length, to be unmapped at the end
+        Mapping *mappings           # C's own, for they are let go also where there is no memory
         readonly shared_word clears # how often all segments were let go
         shared_word moves           # of these, how often what was copied of an index cannot be told from what came since
         Mapped *mapped_segments
@@ -138,7 +151,6 @@ cdef class Log:
         self.identity = identity
         self.writable = writable
         self.refusing = not writable
-        self.mappings = {}
         self.hold = Hold.__new__(Hold)
         write_mutex_init(&self.mutex)
         memcpy(self.seed, PyBytes_AS_STRING(seed), 16)
@@ -149,6 +161,7 @@ cdef class Log:
 
     cdef void release(self):
         cdef Index *index
+        cdef Mapping *mapping
         write_lock(&self.mutex)
         self.closed = True
         self.refusing = True
@@ -166,9 +179,16 @@ cdef class Log:
             free(index)
         free_all(self.mapped_segments)
         self.mapped_segments = NULL
-        for address, length in (self.mappings or {}).items():
-            munmap(<void *> <size_t> address, length)
-        self.mappings = {}
+        while True:
+            write_lock(&self.mutex)
+            mapping = self.mappings
+            if mapping != NULL:
+                self.mappings = mapping.next
+            write_unlock(&self.mutex)
+            if mapping == NULL:
+                break
+            munmap(mapping.address, mapping.length)
+            free(mapping)
 
     def close(self) -> None:
         """Unmaps everything.  Nothing may use this log afterwards; its handles look at `closed` first."""
@@ -253,25 +273,38 @@ cdef class Log:
 
     cdef uint8_t *map_memory(self, uint64_t length) except NULL:
         self.check_open()
-        cdef void *p = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
-        if p == MAP_FAILED:
+        cdef Mapping *mapping = new_mapping()
+        mapping.address = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+        mapping.length = length
+        if mapping.address == MAP_FAILED:
+            free(mapping)
             raise MemoryError(f"cannot reserve {length} bytes: {os.strerror(errno)}")
-        self.mappings[<size_t> p] = length
-        return <uint8_t *> p
+        return self.keep(mapping)
+
+    cdef uint8_t *keep(self, Mapping *mapping) noexcept nogil:
+        write_lock(&self.mutex)
+        mapping.next = self.mappings
+        self.mappings = mapping
+        write_unlock(&self.mutex)
+        return <uint8_t *> mapping.address
 
     cdef uint8_t *map_file(self, int fd, uint64_t wanted, uint64_t needed, uint64_t *mapped) except NULL:
         """Maps `wanted` bytes of a file that may grow, or what is `needed` where address space is short."""
         cdef int protection = PROT_READ | PROT_WRITE if self.writable else PROT_READ
+        cdef int problem
         self.check_open()
-        cdef void *p = mmap(NULL, wanted, protection, MAP_SHARED, fd, 0)
+        cdef Mapping *mapping = new_mapping()
+        mapping.address = mmap(NULL, wanted, protection, MAP_SHARED, fd, 0)
         mapped[0] = wanted
-        if p == MAP_FAILED and errno == ENOMEM and needed < wanted:
-            p = mmap(NULL, needed, protection, MAP_SHARED, fd, 0)
+        if mapping.address == MAP_FAILED and errno == ENOMEM and needed < wanted:
+            mapping.address = mmap(NULL, needed, protection, MAP_SHARED, fd, 0)
             mapped[0] = needed
-        if p == MAP_FAILED:
-            raise Error(errno, f"cannot map {wanted} bytes: {os.strerror(errno)}")
-        self.mappings[<size_t> p] = mapped[0]
-        return <uint8_t *> p
+        if mapping.address == MAP_FAILED:
+            problem = errno
+            free(mapping)
+            raise Error(problem, f"cannot map {wanted} bytes: {os.strerror(problem)}")
+        mapping.length = mapped[0]
+        return self.keep(mapping)
 
     def map_segment(self, int fd, uint64_t number, uint64_t chunk, uint64_t capacity, uint64_t size, uint32_t salt):
         """Makes a segment's records readable, up to `size` bytes of its file.  May be called again when it grew.
@@ -381,11 +414,19 @@ cdef class Log:
         """What of this segment is alive, another segment has too."""
         self.chunks[chunk].replaced = True
 
-    cdef int unmap(self, void *address) except -1:
-        cdef object length = self.mappings.pop(<size_t> address, None)
-        if length is not None:
-            munmap(address, length)
-        return 0
+    cdef void unmap(self, void *address) noexcept nogil:
+        cdef Mapping **at = &self.mappings
+        cdef Mapping *mapping
+        write_lock(&self.mutex)
+        while at[0] != NULL and at[0].address != address:
+            at = &at[0].next
+        mapping = at[0]
+        if mapping != NULL:
+            at[0] = mapping.next
+        write_unlock(&self.mutex)
+        if mapping != NULL:
+            munmap(mapping.address, mapping.length)
+            free(mapping)
 
     def mapped(self, uint64_t chunk) -> int:
         """Bytes that are readable of the segment at this chunk."""
@@ -668,9 +709,11 @@ cdef int settle(Log log, int status, Trouble *t) except -1:
     try:
         ask_owner(log, log.asked(), status, t)
         return 0
-    except OSError:
+    except OSError as problem:
         if log.closed:          # by another thread, meanwhile
             raise ClosedError("the store is closed") from None
+        if not isinstance(problem, Error):
+            raise Error(problem.errno, f"cannot read the store: {problem.strerror}") from problem
         raise
 
 

@@ -59,7 +59,8 @@ static inline uint64_t clock_ns(void) {
 }
 
 /* Makes the pages present, so that touching them neither faults one by one nor raises SIGBUS: an error is an
-   errno here.  `start` is rounded down to a page.  A kernel without it (before Linux 5.14): 0, pages fault in. */
+   errno here.  `start` is rounded down to a page.  A kernel without it (before Linux 5.14), or without the memory
+   to read them now: 0, pages fault in. */
 static inline int populate(uint8_t *start, uint64_t length, int for_writing) {
 #ifdef __linux__
     uintptr_t page = (uintptr_t)start & ~(uintptr_t)4095;
@@ -67,7 +68,7 @@ static inline int populate(uint8_t *start, uint64_t length, int for_writing) {
     while (madvise((void *)page, length, for_writing ? MADV_POPULATE_WRITE : MADV_POPULATE_READ)) {
         if (errno == EINTR || errno == EAGAIN) continue;
         if (errno == EFAULT && for_writing) return ENOSPC;      /* the store would be a SIGBUS: there is no block for it */
-        return errno == EINVAL ? 0 : errno;
+        return errno == EINVAL || errno == ENOMEM && !for_writing ? 0 : errno;
     }
 #else
     (void)start; (void)length; (void)for_writing;

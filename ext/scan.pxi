@@ -50,6 +50,12 @@ cdef bint make_present(Scan *s, uint64_t end) noexcept nogil:
     return True
 
 
+cdef int raise_unreadable(Log log, uint64_t chunk, uint64_t offset) except -1:
+    path, number, place = log.asked()._place_of((chunk << CHUNK_UNIT_SHIFT) + (offset >> LOCATION_UNIT_SHIFT))
+    raise CorruptionError("the log cannot be read", path=path, segment=number, offset=place, expected="a record",
+                          found=SCAN_REASONS[SCAN_IO_ERROR])
+
+
 cdef inline int next_record(Scan *s, record_view *r) noexcept nogil:
     """The next whole record, RECORD_OK; or why there is none, and then the scan stands before it."""
     cdef int status
@@ -237,7 +243,7 @@ def find_mark(Log log, uint64_t chunk, uint64_t start, uint64_t version) -> tupl
     cdef bint found = False
     begin_scan(log, &s, chunk, start, <uint64_t> -1, version)
     if s.offset < s.stop and not make_present(&s, s.stop):
-        raise Error(5, "input/output error behind the end of the log")
+        raise_unreadable(log, chunk, start)
     with nogil:
         while s.offset + MARK_BYTES <= s.stop:
             if (s.base + s.offset)[18] == KIND_SYNC_MARK and \
@@ -258,7 +264,7 @@ def find_record(Log log, uint64_t chunk, uint64_t start, uint64_t version) -> in
     cdef uint8_t kind
     begin_scan(log, &s, chunk, start, <uint64_t> -1, version)
     if s.offset < s.stop and not make_present(&s, s.stop):
-        raise Error(5, "input/output error behind the end of the log")
+        raise_unreadable(log, chunk, start)
     with nogil:
         while s.offset + RECORD_HEADER_BYTES + 4 <= s.stop:
             kind = (s.base + s.offset)[18]
@@ -276,11 +282,17 @@ def copy_records(Log log, uint64_t chunk, uint64_t start, uint64_t stop, uint32_
     cdef Scan s
     cdef record_view r
     cdef bytearray out = bytearray()
+    cdef int reason
     begin_scan(log, &s, chunk, start, stop, 0)
-    while next_record(&s, &r) == RECORD_OK:
+    while True:
+        reason = next_record(&s, &r)
+        if reason != RECORD_OK:
+            break
         if r.kind == KIND_PUT or r.kind == KIND_DELETE:
             out += encode_record(r.kind, r.version, (<char *> r.key)[:r.key_length], (<char *> r.value)[:r.value_length],
                                  salt, offset + len(out))
+    if reason == SCAN_IO_ERROR:
+        raise_unreadable(log, chunk, s.offset)
     return bytes(out)
 
 
@@ -293,7 +305,7 @@ def first_nonzero(Log log, uint64_t chunk, uint64_t start, uint64_t stop) -> tup
     if start >= stop:
         return None
     if populate(segment.base + start, stop - start, False):
-        raise Error(5, "input/output error behind the end of the log")
+        raise_unreadable(log, chunk, start)
     with nogil:
         while first + 8 <= stop and (<uint64_t *> (segment.base + first))[0] == 0:
             first += 8
@@ -312,8 +324,12 @@ def read_link(Log log, uint64_t chunk) -> tuple | None:
     cdef Scan s
     cdef record_view r
     cdef continues_value *link
+    cdef int reason
     begin_scan(log, &s, chunk, SEGMENT_HEADER_BYTES, <uint64_t> -1, 0)
-    if next_record(&s, &r) != RECORD_OK or r.kind != KIND_CONTINUES or r.value_length != sizeof(continues_value):
+    reason = next_record(&s, &r)
+    if reason == SCAN_IO_ERROR:
+        raise_unreadable(log, chunk, SEGMENT_HEADER_BYTES)
+    if reason != RECORD_OK or r.kind != KIND_CONTINUES or r.value_length != sizeof(continues_value):
         return None
     link = <continues_value *> r.value
     return link.number, link.end, link.version

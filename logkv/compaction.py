@@ -5,7 +5,6 @@ The order of the steps is what survives a crash; docs/how-it-works.md says why e
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import warnings
@@ -341,7 +340,7 @@ class Compactor:
             raise
         finally:
             if fd >= 0:
-                os.close(fd)
+                files.close(fd)
         if merging.records:
             for first in range(0, merging.records, SWING):
                 merging.swing(output.chunk, first, SWING)
@@ -376,8 +375,12 @@ class Compactor:
         engine = self._engine
         engine.directory.unlink(output.name)
         fd = engine.directory.open(output.name, writable=True, create=True, exclusive=True)
-        files.write_at(fd, _core.encode_segment_header(output.number, engine.manifest.identity, engine.manifest.seed,
-                                                       output.salt), 0)
+        try:
+            files.write_at(fd, _core.encode_segment_header(output.number, engine.manifest.identity, engine.manifest.seed,
+                                                           output.salt), 0)
+        except BaseException:
+            files.close(fd)
+            raise
         return fd
 
     def _copy(self, merging: _core.Merge, output: Segment, fd: int, progress: Callable[[float], None]) -> None:

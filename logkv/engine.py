@@ -35,6 +35,7 @@ class Engine:
         self.directory = directory
         self.writable = writable
         self.users = 0
+        self.key: tuple[int, int, bool]     # under which the process finds it
         self.lock = threading.RLock()  # the index while it is being built, and letting go; a writer adds to this
         self._failure: BaseException | None = None      # why there is no index at all
         self._orphaned = False          # nobody builds the index any more
@@ -51,17 +52,18 @@ class Engine:
             self._opening = False
             self.progress = lambda done, total: None
         except BaseException:
-            self.release()
+            self._release()             # nobody else knows it, and there may be no memory to take the lock
             raise
 
     # -- opening and closing ----------------------------------------------------------------------------
 
     def _open(self) -> None:
-        self.manifest, _ = self._read_manifest()
-        self.codec = self.manifest.codec
-        self.log = _core.Log(self, self.manifest.identity, self.manifest.seed, False)
-        self._map_control()
-        self._take_index()
+        with files.full_disk_is_an_error(self.directory.path, "open the store"):
+            self.manifest, _ = self._read_manifest()
+            self.codec = self.manifest.codec
+            self.log = _core.Log(self, self.manifest.identity, self.manifest.seed, False)
+            self._map_control()
+            self._take_index()
 
     def _read_manifest(self) -> tuple[Manifest, Instance]:
         known = getattr(self, "manifest", None)
@@ -82,10 +84,11 @@ class Engine:
         except OSError as problem:
             raise Error(problem.errno, f"cannot open the control page: {problem.strerror}",
                         self.path_of(files.CONTROL)) from None
-        if os.fstat(fd).st_size < _core.PAGE:
-            os.close(fd)
-            return False
         self._control_fd = fd
+        if os.fstat(fd).st_size < _core.PAGE:
+            self._control_fd = -1
+            files.close(fd)
+            return False
         self.log.map_control(fd)
         return True
 
@@ -142,7 +145,7 @@ class Engine:
             self._keep_index(fd)
 
     def _keep_index(self, fd: int) -> None:
-        os.close(fd)
+        files.close(fd)
 
     def _build_own_index(self, why: str) -> None:
         """An index in this process's memory, of the log as it is now.  A store that is written meanwhile, or was not
@@ -179,12 +182,15 @@ class Engine:
     def _await_turn(self) -> None:
         """Returns when nobody builds the index or changes what is appended to."""
         with self.lock:
-            if self._orphaned:          # by a thread that a fork has left behind
+            if self._orphaned or self._failure is not None:     # by a thread that a fork has left behind, or that failed
                 self._orphaned = False
-                self._take_index()
+                try:
+                    self._take_index()
+                except (Error, MemoryError) as problem:
+                    self._failure = problem
+                    raise Error(f"the store has no index: {problem}") from problem
+                self._failure = None
                 self.log.build(False)
-            if self._failure is not None:
-                raise Error(f"the store has no index: {self._failure}") from self._failure
 
     def _overtaken(self) -> bool:
         """Whether a writer has changed the list of segments since we read it."""
@@ -208,8 +214,15 @@ class Engine:
             log.close()
         fd, self._control_fd = self._control_fd, -1
         if fd >= 0:
-            os.close(fd)
+            files.close(fd)
         self.directory.close()
+
+    def __del__(self) -> None:
+        """What could not be let go before, for lack of memory: there may be none now either."""
+        try:
+            self._release()
+        except AttributeError:          # it was hardly begun
+            pass
 
     def close(self) -> None:
         self.release()
@@ -230,7 +243,7 @@ class Engine:
             self.log.map_segment(fd, segment.number, segment.chunk, segment.capacity,
                                  os.fstat(fd).st_size if size is None else size, segment.salt)
         finally:
-            os.close(fd)
+            files.close(fd)
 
     def path_of(self, name: str) -> str:
         return os.path.join(self.directory.path, name)
@@ -288,7 +301,7 @@ class Engine:
                 return True
             try:
                 fd = self.directory.open(files.INDEX)
-            except OSError:
+            except FileNotFoundError:
                 return False
             try:
                 pages = os.fstat(fd).st_size // _core.PAGE
@@ -297,7 +310,7 @@ class Engine:
                     _core.extend_index(self.log, fd, pages)
                     return True
             finally:
-                os.close(fd)
+                files.close(fd)
             if self.log.signs[0] == self.log.nonce:
                 return False
             self._index_changed()
@@ -314,7 +327,7 @@ class Engine:
 
     def refresh(self) -> None:
         """Looks at the store anew."""
-        with self.lock:
+        with self.lock, files.full_disk_is_an_error(self.directory.path, "look at the store anew"):
             self._check_not_closed()
             if not self.writable:
                 if self._control_fd < 0:
@@ -347,7 +360,7 @@ class Engine:
 
     def stats(self) -> dict[str, Any]:
         """What is known of the store now."""
-        with self.lock:                # nobody closes or empties it meanwhile
+        with self.lock, files.full_disk_is_an_error(self.directory.path, "read the store's state"):     # which nobody closes
             self._check_not_closed()
             return self._facts()
 

@@ -61,6 +61,8 @@ def is_store_name(name: str) -> bool:
 class Directory:
     """A store's directory.  Files are named relative to its descriptor, so it may be renamed while it is open."""
 
+    fd = -1
+
     def __init__(self, path: str, *, create: bool = False, mode: int = 0o666) -> None:
         """Opens the directory; with `create` it is made if missing (its parent must be there).
 
@@ -100,7 +102,10 @@ class Directory:
     def close(self) -> None:
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            os.close(fd)
+            close(fd)
+
+    def __del__(self) -> None:
+        self.close()
 
     def removed(self) -> bool:
         """Whether the directory has no name any more."""
@@ -137,7 +142,7 @@ class Directory:
         try:
             return read_at(fd, os.fstat(fd).st_size, 0)
         finally:
-            os.close(fd)
+            close(fd)
 
     def rename(self, old: str, new: str) -> None:
         os.rename(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
@@ -172,7 +177,7 @@ class Directory:
                 end += len(part)
             sync_data(fd)
         finally:
-            os.close(fd)
+            close(fd)
         self.rename(unfinished, name)
         self._sync_lost_found()
         return name
@@ -199,7 +204,7 @@ class Directory:
         try:
             os.fsync(fd)
         finally:
-            os.close(fd)
+            close(fd)
         self.sync()
 
     def _holds(self, name: str, parts: Iterable[bytes]) -> bool:
@@ -213,7 +218,7 @@ class Directory:
                 end += len(part)
             return os.fstat(fd).st_size == end
         finally:
-            os.close(fd)
+            close(fd)
 
     def _exists(self, name: str) -> bool:
         try:
@@ -227,13 +232,24 @@ class Directory:
         os.fsync(self.fd)
 
 
+def close(fd: int) -> None:
+    """Lets a descriptor go.  What a failure would say of its data is nothing new: what matters was synced.
+
+    Allocates nothing: without memory it must work too.
+    """
+    try:
+        os.close(fd)
+    except OSError:
+        pass
+
+
 def sync_directory_of(path: str) -> None:
     """Makes the name of a new directory durable in its parent."""
     fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:
-        os.close(fd)
+        close(fd)
 
 
 def sync_data(fd: int) -> None:
@@ -374,7 +390,7 @@ def has_writer(directory: Directory) -> bool:
     except OSError:
         return False
     finally:
-        os.close(fd)
+        close(fd)
 
 
 def lock(directory: Directory, timeout: float) -> int:
@@ -404,7 +420,7 @@ def check_no_writer(directory: Directory) -> None:
         try:
             raise _locked(directory, fd, 0)
         finally:
-            os.close(fd)
+            close(fd)
 
 
 def _locked(directory: Directory, fd: int, timeout: float) -> LockedError:
@@ -427,14 +443,16 @@ def unlock(fd: int) -> None:
     _lock_fds.discard(fd)
     try:
         fcntl.fcntl(fd, _SET, _flock(fcntl.F_UNLCK, 0, 1))
+    except OSError:
+        pass                            # it goes with the descriptor
     finally:
-        os.close(fd)
+        close(fd)
 
 
 def forget_locks() -> None:
     """In the child of a fork: the locks are its parent's, and must not outlive that."""
     while _lock_fds:
-        os.close(_lock_fds.pop())
+        close(_lock_fds.pop())
 
 
 def _wait_for_lock(fd: int, deadline: float) -> bool:

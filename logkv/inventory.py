@@ -74,7 +74,7 @@ def headers(directory: files.Directory, damaged: bytes = b"") -> list[Found]:
             elif header is None:
                 others.append((number, os.fstat(fd).st_size))
         finally:
-            os.close(fd)
+            files.close(fd)
     salts = {int(number): int(salt) % (1 << 32) for number, salt in SALT.findall(damaged)}
     said = SEED.search(damaged)
     store = (found[0].identity, found[0].seed) if found else \
@@ -96,7 +96,7 @@ def read(directory: files.Directory, found: Sequence[Found]) -> None:
             try:
                 log.map_segment(fd, segment.number, chunk, segment.size, segment.size, segment.salt)
             finally:
-                os.close(fd)
+                files.close(fd)
             _read(log, chunk, segment)
             chunk += -(-segment.size // _core.CHUNK)
     finally:

@@ -245,7 +245,7 @@ def read(directory: files.Directory, *, writable: bool = False,
         status = os.fstat(fd)
         data = files.read_at(fd, status.st_size, 0)
     finally:
-        os.close(fd)
+        files.close(fd)
     if not data.startswith(MAGIC.encode()) and any(files.segment_number(name) is not None for name in directory.names()):
         raise _first_line_damaged(data, path)       # of a store, and not some other program's file of that name
     same = known if data and known is not None and known.text == data else None
@@ -262,7 +262,7 @@ def write_next(directory: files.Directory, manifest: Manifest) -> int:
         files.sync_data(fd)
         return os.fstat(fd).st_ino
     finally:
-        os.close(fd)
+        files.close(fd)
 
 
 def adopt_next(directory: files.Directory, *, durable: bool = True) -> int:

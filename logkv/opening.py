@@ -20,6 +20,7 @@ from logkv.manifest import Instance, Manifest, Segment
 FIRST_STEP = 32 << 10           # bytes that a new segment's file has
 LARGEST_STEP = 16 << 20         # by which it grows at the most
 START = _core.SEGMENT_HEADER
+UNFINISHED = "reading goes on, writing needs the store to be closed and opened again"
 PARTIAL = 4096                  # bytes behind a trusted end that are looked at, beside what was reserved
 
 
@@ -130,7 +131,7 @@ class Opening(Engine):
         self._close_fd(segment)
         self.directory.unlink(segment.name)
         fd = self.directory.open(segment.name, writable=True, create=True, exclusive=True)
-        self._fds[segment.number] = fd
+        self._keep_fd(segment, fd)
         files.allocate(fd, file_step(0, segment.capacity, START + len(records)))
         header = _core.encode_segment_header(segment.number, current.identity, current.seed, segment.salt)
         files.write_at(fd, header + records, 0)
@@ -142,7 +143,7 @@ class Opening(Engine):
         try:
             files.allocate(fd, _core.PAGE)
         finally:
-            os.close(fd)
+            files.close(fd)
 
     def _open_control(self) -> None:
         self._allocate_control()
@@ -260,6 +261,7 @@ class Opening(Engine):
     def _begin(self, tail: recovery.Tail, lost: int) -> None:
         """The log's end is known and clean behind: writes a MANIFEST of this writer's own and lets puts begin."""
         current = self.manifest.copy()
+        rebuilt = self.recovered["index"] == "rebuilt"
         current.cut_bytes += self.recovered["cut_bytes"]
         version = max(tail.version, lost, current.last_version)
         if lost:
@@ -271,19 +273,19 @@ class Opening(Engine):
         files.allocate(fd, size, whole=True)
         self.map_segment(tail.segment, size)
         self._set_active(tail.segment, size, tail.end)
-        if version != tail.version or self.recovered["index"] == "rebuilt":
+        if version != tail.version or rebuilt:
             self.log.settle_state(tail.segment.number, tail.end, version)
-        gone = [s for s in current.segments if s.replaced_by and self.recovered["index"] == "rebuilt"]
+        gone = [s for s in current.segments if s.replaced_by and rebuilt]
         gone += current.segments[self.manifest.segments.index(tail.segment) + 2:]   # one is prepared, at most
         current.segments = [s for s in current.segments if s not in gone]
         self.log.note_epoch(current.epoch)
         # Where only the generation is new, its loss to a power cut loses nothing.
-        self.write_manifest(current, durable=lost > 0 or bool(gone) or self.recovered["index"] == "rebuilt")
+        self.write_manifest(current, durable=lost > 0 or bool(gone) or rebuilt)
         self.log.drop_segments([segment.chunk for segment in gone])
         for segment in gone:
             _core.drop_row(self.log, segment.chunk)
             self._drop(segment)
-        if self.recovered["index"] == "rebuilt":
+        if rebuilt:
             self._vouch_index(_core.index_nonce(self.log))
             self.directory.sync()
             self.log.note_durable(next(s.number for s in current.segments if not s.sealed), START)
@@ -305,13 +307,20 @@ class Opening(Engine):
 
     def _fd_of(self, segment: Segment) -> int:
         if segment.number not in self._fds:
-            self._fds[segment.number] = self.directory.open(segment.name, writable=True)
+            self._keep_fd(segment, self.directory.open(segment.name, writable=True))
         return self._fds[segment.number]
+
+    def _keep_fd(self, segment: Segment, fd: int) -> None:
+        try:
+            self._fds[segment.number] = fd
+        except MemoryError:
+            files.close(fd)
+            raise
 
     def _close_fd(self, segment: Segment) -> None:
         fd = self._fds.pop(segment.number, -1)
         if fd >= 0:
-            os.close(fd)
+            files.close(fd)
 
     def _drop(self, segment: Segment) -> None:
         """Removes a segment that no MANIFEST names any more."""
@@ -321,11 +330,13 @@ class Opening(Engine):
     def _close_fds(self) -> None:
         """What only a writer has open, its lock last."""
         self._keep_index(-1)
-        while self._fds:
-            os.close(self._fds.popitem()[1])
-        fd, self._lock_fd = self._lock_fd, -1
-        if fd >= 0:
-            files.unlock(fd)
+        try:
+            while self._fds:
+                files.close(self._fds.popitem()[1])
+        finally:
+            fd, self._lock_fd = self._lock_fd, -1
+            if fd >= 0:
+                files.unlock(fd)
 
     def _release(self) -> None:
         super()._release()
@@ -335,7 +346,7 @@ class Opening(Engine):
         """In place of the old one, which is closed; first it is forgotten, for a fork may come between."""
         old, self._index_fd = self._index_fd, fd
         if old >= 0:
-            os.close(old)
+            files.close(old)
 
     # -- MANIFEST and trust -----------------------------------------------------------------------------
 
@@ -358,8 +369,11 @@ class Opening(Engine):
 
     def _stop_writes(self, problem: BaseException, what: str) -> None:
         """Something structural was not finished: only the next opening can tell what is true."""
-        self.log.stop_writes(f"{type(problem).__name__} while {what} ({problem}): reading goes on, writing needs the store "
-                             "to be closed and opened again")
+        said = UNFINISHED
+        try:
+            said = f"{type(problem).__name__} while {what} ({problem}): " + said
+        finally:
+            self.log.stop_writes(said)
 
     def _vouch_manifest(self, instance: Instance) -> None:
         for coming in (True, False):
@@ -373,11 +387,14 @@ class Opening(Engine):
 
     def _poison(self, problem: OSError) -> None:
         """A sync that failed cannot be repeated: the system may have dropped the pages and call them clean."""
-        number, end = self.log.trust["durable"]
-        self.log.stop_writes(
-            f"a sync failed ({problem.strerror}): what was written after offset {end} of segment {number} may not be "
-            "on the device; reading goes on, writing needs the store to be closed and opened again")
-        self.log.note_sync_failure(problem.errno or 5)
+        said = UNFINISHED
+        try:
+            number, end = self.log.trust["durable"]
+            said = f"a sync failed ({problem.strerror}): what was written after offset {end} of segment {number} may not be " \
+                "on the device; " + said
+        finally:
+            self.log.stop_writes(said)
+            self.log.note_sync_failure(problem.errno or 5)
 
     def _rescue(self, tail: recovery.Tail) -> recovery.Tail:
         """After a failed sync in this boot, the cache above the last durable place may call pages clean that the device
@@ -401,7 +418,8 @@ class Opening(Engine):
             start = durable if source is segment else START
             stop = tail.end if source is tail.segment else source.end if source.end is not None else 1 << 62
             parts.append((source.chunk, start, stop))
-        size = START + _core.CONTINUES_SIZE + sum(min(stop, self.log.mapped(chunk)) - start for chunk, start, stop in parts)
+        mapped = self.log.mapped
+        size = START + _core.CONTINUES_SIZE + sum(min(stop, mapped(chunk)) - start for chunk, start, stop in parts)
         copy = new.add_segment(max(self.options.segment_size, size + _core.MARK_SIZE))
         records = _core.encode_link(segment.number, durable, version, copy.salt)
         for chunk, start, stop in parts:

@@ -129,7 +129,8 @@ def rebuild(engine: Engine, why: str) -> Tail:
     version = 0
     first_open = None
     scanned = 0
-    sizes = {segment.number: engine.directory.size(segment.name)[0] for segment in engine.manifest.segments}
+    size = engine.directory.size
+    sizes = {segment.number: size(segment.name)[0] for segment in engine.manifest.segments}
     done, total = 0, sum(sizes.values())
     for segment in engine.manifest.segments:
         engine.progress(done, total)
@@ -175,7 +176,7 @@ def check_headers(directory: files.Directory, current: manifest.Manifest) -> Non
             try:
                 _core.check_segment_header(files.read_at(fd, START, 0), segment.number, current.identity)
             finally:
-                os.close(fd)
+                files.close(fd)
 
 
 def expected_keys(engine: Engine) -> int:
@@ -211,7 +212,7 @@ def leftovers(directory: files.Directory, current: manifest.Manifest) -> list[st
             try:
                 header = files.read_at(fd, START, 0)
             finally:
-                os.close(fd)
+                files.close(fd)
             if not any(header) or _core.segment_identity(header) == current.identity:
                 found.append(name)
     return found

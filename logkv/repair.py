@@ -314,7 +314,7 @@ class _Repair:
             try:
                 log.map_control(fd)
             finally:
-                os.close(fd)
+                files.close(fd)
 
     def _write_manifest(self, new: Manifest) -> None:
         """Puts it in force.  No index belongs to it, so it is of another epoch: readers look for themselves, and iterators that
@@ -389,7 +389,7 @@ class _Repair:
             self.log.map_segment(fd, segment.number, segment.chunk, segment.capacity, state.size, segment.salt)
             return True
         finally:
-            os.close(fd)
+            files.close(fd)
 
     def _examine_sealed(self, segment: Segment, place: int) -> _State:
         state = _State(segment, place, first=segment.first_version, last=segment.last_version)
@@ -419,7 +419,7 @@ class _Repair:
             if files.read_at(fd, len(footer), end) != footer:
                 state.flaws.append(_Damage(end, state.size, "the footer does not list the records", True))
         finally:
-            os.close(fd)
+            files.close(fd)
         state.totals = (records, *(merged or (first, last)), tombstones)
         return state
 
@@ -622,7 +622,7 @@ class _Repair:
                 end += len(part)
             files.sync_data(fd)
         finally:
-            os.close(fd)
+            files.close(fd)
         output.tombstones = rescue.tombstones
         output.first_version, output.last_version = self._versions(rescue, state)
         return output
@@ -654,7 +654,7 @@ class _Repair:
             files.write_at(fd, header + records, 0)
             files.sync_data(fd)
         finally:
-            os.close(fd)
+            files.close(fd)
         self.directory.sync()
 
     # -- what is set aside and said ---------------------------------------------------------------------
@@ -696,7 +696,7 @@ class _Repair:
         try:
             return self.directory.save_aside(f"{segment.name}.{start}-{stop}.{what}", partial(files.parts_of, fd, start, stop))
         finally:
-            os.close(fd)
+            files.close(fd)
 
     def _save_torn(self, segment: Segment, end: int) -> None:
         """What stands behind the log's end."""

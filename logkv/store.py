@@ -8,6 +8,7 @@ import os
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from types import TracebackType
@@ -40,7 +41,7 @@ class _Options(TypedDict, total=False):
 
 
 _Key = tuple[int, int, bool]                    # device, inode, writable
-_engines: dict[_Key, Engine] = {}
+_engines: weakref.WeakValueDictionary[_Key, Engine] = weakref.WeakValueDictionary()     # held by their handles
 _busy: dict[_Key, _Busy] = {}                   # those that are being opened or closed
 _engines_lock = threading.RLock()
 
@@ -68,34 +69,45 @@ def _shared(directory: files.Directory, writable: bool, make: Callable[[], Engin
             deadline: float | None) -> tuple[Engine, bool]:
     """The process's engine for a store, and whether it is new.  One that another thread is just opening or closing is
     waited for."""
-    key = (*directory.identity(), writable)
+    busy: _Busy | None = None
+    held: Engine | None = None
     try:
-        while True:
+        with files.full_disk_is_an_error(directory.path, "open the store"):
+            key = (*directory.identity(), writable)
+        while busy is None:
             with _engines_lock:
-                engine, busy = _engines.get(key), _busy.get(key)
+                engine, other = _engines.get(key), _busy.get(key)
                 if engine is not None and engine.log.closed:    # it could not go on: who holds it lets it go
                     del _engines[key]
                 elif engine is not None:
                     engine.users += 1
+                    held = engine
                     directory.close()
-                    return engine, False
-                if busy is None:
+                    return held, False
+                if other is None:
                     busy = _busy[key] = _Busy()
-                    break
-            busy.wait(directory.path, deadline)
+            if other is not None:
+                other.wait(directory.path, deadline)
+        held = make()
+        held.users, held.key = 1, key
+        with _engines_lock:
+            _engines[key] = held
+        return held, True
     except BaseException:
         directory.close()
+        if held is not None:
+            _release(held)
         raise
-    try:
-        engine = make()
-        engine.users = 1
-        with _engines_lock:
-            _engines[key] = engine
-        return engine, True
     finally:
-        with _engines_lock:
-            del _busy[key]
-        busy.end()
+        if busy is not None:
+            _end(busy, key)
+
+
+def _end(busy: _Busy, key: _Key) -> None:
+    """Who waits goes on.  Without a lock, and without an allocation."""
+    if _busy.get(key) is busy:
+        del _busy[key]
+    busy.end()
 
 
 def _acquire_reader(path: str, progress: Progress | None = None) -> Engine:
@@ -125,7 +137,8 @@ def _acquire_writer(path: str, flag: str, mode: int, options: Options, timeout: 
             if flag == "n" and not made.created:
                 made.clear(options.codec)
         except BaseException:
-            made.close()
+            with suppress(Error):       # what was raised says more
+                made.close()
             raise
         return made
 
@@ -145,22 +158,33 @@ def _acquire_writer(path: str, flag: str, mode: int, options: Options, timeout: 
 
 
 def _release(engine: Engine) -> None:
+    """One handle less; the last one closes it."""
     with _engines_lock:
+        busy = _leaving(engine)
         engine.users -= 1
-        if engine.users:
-            return
-        keys = [key for key, value in _engines.items() if value is engine]
-        busy = _Busy()
-        for key in keys:
-            del _engines[key]
-            _busy[key] = busy
+    if busy is not None:
+        _close(engine, busy)
+
+
+def _leaving(engine: Engine) -> _Busy | None:
+    """With the lock held, before a handle goes: if it is the last one, who comes waits until the engine is closed."""
+    if engine.users > 1:
+        return None
+    busy = _Busy()
+    if _engines.get(engine.key) is engine:
+        _busy[engine.key] = busy
+        del _engines[engine.key]
+    return busy
+
+
+def _close(engine: Engine, busy: _Busy) -> None:
     try:
         engine.close()
+    except MemoryError:
+        engine.release()                # what it ended before
+        raise
     finally:
-        with _engines_lock:
-            for key in keys:
-                del _busy[key]
-        busy.end()
+        _end(busy, engine.key)
 
 
 def _after_fork_in_child() -> None:
@@ -180,7 +204,10 @@ def _after_fork_in_child() -> None:
 def _close_all() -> None:
     """At the interpreter's end, while threads can still be waited for."""
     for engine in list(_engines.values()):
-        engine.close()
+        try:
+            engine.close()
+        except Error as problem:        # the others are closed all the same
+            warnings.warn(f"{engine.directory.path} was not closed well: {problem}", RuntimeWarning)
 
 
 atexit.register(_close_all)
@@ -235,11 +262,18 @@ class _Handle(_core.ReadHandle[V]):
     def close(self) -> None:
         """Closes this handle; again is fine.  The last one that writes makes everything durable and lets the writer's
         lock go.  Raises Error if that fails; the handle is closed then too."""
-        engine = vars(self).pop("_engine", None)        # by one thread alone
+        own = vars(self)
+        with _engines_lock:
+            engine = self._engine
+            if engine is None:
+                return
+            busy = _leaving(engine)     # where memory ends here or before, nothing has happened
+            if own.pop("_engine", None) is not None:        # by nobody else, in a signal's handler
+                engine.users -= 1
+                self._detach()
         self._popping = None
-        if engine is not None:
-            self._detach()
-            _release(engine)
+        if busy is not None:
+            _close(engine, busy)
 
     def __enter__(self) -> Self:
         self._open_engine()
@@ -335,7 +369,9 @@ class _Reading(_Handle[V]):
 
     def verify(self, *, progress: Progress | None = None) -> Report:
         """Reads everything that the store holds and reports damage; see `logkv.verify`."""
-        return verify_directory(self._open_engine().directory.again(), progress)
+        with files.full_disk_is_an_error(self._path, "verify the store"):
+            directory = self._open_engine().directory.again()
+        return verify_directory(directory, progress)
 
     def refresh(self) -> None:
         """Looks at the store anew.  Needed only where no writer could be seen before: a reader follows a live writer

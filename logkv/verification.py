@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from array import array
 from dataclasses import dataclass, field
 
 from logkv import _core, files, inventory, manifest
 from logkv.engine import Engine, Progress, no_store
-from logkv.errors import ClosedError, CorruptionError, NotFoundError
+from logkv.errors import ClosedError, CorruptionError, Error, NotFoundError
 from logkv.inventory import START, UNKNOWN
 from logkv.manifest import Segment
 
@@ -122,11 +123,13 @@ def verify_directory(directory: files.Directory, progress: Progress | None = Non
         for attempt in range(ATTEMPTS):
             report = Report(directory.path)
             try:
-                _Verification(directory, report, progress or (lambda done, total: None)).run()
+                with files.full_disk_is_an_error(directory.path, "verify the store"):
+                    _Verification(directory, report, progress or (lambda done, total: None)).run()
                 break
-            except NotFoundError:
-                raise
-            except (_Changed, ClosedError, FileNotFoundError):      # closed: emptied for another codec
+            except (_Changed, Error) as problem:
+                gone = isinstance(problem, Error) and problem.errno == errno.ENOENT and not isinstance(problem, NotFoundError)
+                if not gone and not isinstance(problem, (_Changed, ClosedError)):   # closed: emptied for another codec
+                    raise
                 if attempt == ATTEMPTS - 1:
                     report.notes.append("the store was emptied again and again: what was found may be of what is gone")
     finally:
@@ -203,7 +206,7 @@ class _Verification:
         try:
             active, end, self.scanned = (0, 0, 0) if engine is None else engine.log.restore_state()
             segments = self.current.segments
-            sizes = [self._map(segment) for segment in segments]
+            sizes = list(map(self._map, segments))
             done, total = 0, sum(sizes)
             for at, (segment, size) in enumerate(zip(segments, sizes, strict=True)):
                 self.progress(done, total)
@@ -244,7 +247,7 @@ class _Verification:
         except CorruptionError:
             return 0                            # of another store: its header was not the expected one
         finally:
-            os.close(fd)
+            files.close(fd)
 
     def _check_segment(self, segment: Segment, end: int | None) -> None:
         stop = UNKNOWN if end is None else end
@@ -270,7 +273,11 @@ class _Verification:
 
     def _check_footer(self, segment: Segment, end: int) -> None:
         merged = (segment.first_version, segment.last_version) if segment.merged else None
-        footer, records, first, last, tombstones = _core.build_footer(self.log, segment.chunk, end, merged)
+        try:
+            footer, records, first, last, tombstones = _core.build_footer(self.log, segment.chunk, end, merged)
+        except CorruptionError as problem:      # what could be read a moment ago
+            self._found(problem.reason, segment, problem.offset, problem.expected or "", problem.found or "")
+            return
         try:
             fd = self.directory.open(segment.name)
         except FileNotFoundError:
@@ -280,7 +287,7 @@ class _Verification:
         try:
             found = files.read_at(fd, len(footer), end)
         finally:
-            os.close(fd)
+            files.close(fd)
         if found != footer:
             self._found("the footer does not list the segment's records", segment, end,
                         f"crc32c {_core.checksum(footer):08x}", f"{_core.checksum(found):08x}")

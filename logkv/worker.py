@@ -42,7 +42,10 @@ class Worker:
             heapq.heappush(self._queue, (time.monotonic() + delay, next(self._order), name))
             if self._thread is None:
                 thread = threading.Thread(target=_run, args=(self._engine, self), name="logkv", daemon=True)
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:    # none is to be had: the next call tries again, and a put does what it cannot wait for
+                    return
                 self._thread = thread
             self._wake.notify()
 

@@ -283,7 +283,7 @@ class Writing(Opening):
                 self._turn.notify_all()
 
     def _sync_now(self) -> None:
-        with self.holding(self._sync_lock):
+        with self.holding(self._sync_lock), files.full_disk_is_an_error(self.directory.path, "sync the store"):
             if self.log.closed:
                 raise ClosedError("the store is closed")
             if not self.writable:
@@ -293,7 +293,7 @@ class Writing(Opening):
             with self.holding(self.lock):
                 number, end = self.log.position
                 covered = self.log.state["version"]
-                fds = [self._fd_of(segment) for segment in [*self.full_segments(), self._active]]
+                fds = list(map(self._fd_of, [*self.full_segments(), self._active]))
             for fd in fds:
                 self._sync_fd(fd)
             if self.directory.removed():
@@ -355,11 +355,10 @@ class Writing(Opening):
             old = self.manifest.segments
             self.write_manifest(new)
         except BaseException:
-            os.close(index_fd)
+            files.close(index_fd)
             self.log.note_epoch(self.manifest.epoch)
             raise
         try:
-            self.directory.rename(files.INDEX_NEXT, files.INDEX)
             self._keep_index(index_fd)
             with self._building():
                 _core.create_index(self.log, index_fd, 0, new.epoch, secrets.randbits(63) + 1, [segment.chunk])
@@ -368,6 +367,7 @@ class Writing(Opening):
             self.log.pause(True)
             self._epoch = new.epoch
             self.codec = codec
+            self.directory.rename(files.INDEX_NEXT, files.INDEX)
             self._vouch_index(_core.index_nonce(self.log))
             self.log.note_durable(segment.number, START + len(records))
             self._synced_version = version
@@ -376,6 +376,9 @@ class Writing(Opening):
                 self._drop(gone)
             self.directory.sync()
         except BaseException as problem:
+            if self._epoch != new.epoch:        # whoever reads finds another index first
+                self._failure = problem
+                self.log.build(True)
             self._stop_writes(problem, "the store was emptied")
             raise
 
@@ -448,14 +451,19 @@ class Writing(Opening):
             self._closing = True
             self._worker.stop()
             self._merger.stop()
-            if not self.log.poisoned and self.log.writable:
+            if self.log.poisoned:
+                raise Error(self.log.poisoned)
+            if self.log.writable:
                 with files.full_disk_is_an_error(self.directory.path, "close the store"):
                     self.sync()
                     with self._seal_lock, self._sync_lock, self.lock:
                         self._finish()
         finally:
-            with self.compactor.lock, self._seal_lock, self._sync_lock, self.lock:
-                self.release()
+            self.release()
+
+    def release(self) -> None:
+        with self.compactor.lock, self._seal_lock, self._sync_lock:
+            super().release()
 
     def _finish(self) -> None:
         """The log is on the device; so are then the mark of that sync, the index, and at last the clean mark."""
@@ -478,7 +486,7 @@ class Writing(Opening):
 
     def _facts(self) -> dict[str, Any]:
         facts = super()._facts()
-        facts["active"] = self._active.number
+        facts["active"] = self.log.position[0]
         facts["compaction"] = self.compactor.facts()
         facts["problem"] = None if self.problem is None else str(self.problem)
         facts["poisoned"] = self.log.poisoned

@@ -383,6 +383,8 @@ def test_a_failed_sync_poisons_the_writer(path: str, monkeypatch: pytest.MonkeyP
     expected = {b"later": b"2", b"more": b"3" * 5000}
     assert dict(db) == expected
     reader = logkv.Reader(path)
+    with pytest.raises(logkv.Error, match="a sync failed"):
+        db.close()
     db.close()
     assert dict(reader) == expected
     synced: list[bytes] = []
@@ -414,7 +416,8 @@ def test_one_failed_sync_after_another(path: str, monkeypatch: pytest.MonkeyPatc
             patch.setattr(files, "sync_data", fails)
             with pytest.raises(logkv.Error, match="a sync failed"):
                 db.sync()
-        db.close()
+        with pytest.raises(logkv.Error, match="a sync failed"):
+            db.close()
         db = logkv.open(path, segment_size=65_536)
         assert dict(db) == expected
     db.close()
@@ -467,7 +470,8 @@ def test_damage_before_several_segments_that_are_not_sealed(path: str, monkeypat
         patch.setattr(files, "sync_data", fails)
         with pytest.raises(logkv.Error, match="a sync failed"):
             db.sync()
-    db.close()
+    with pytest.raises(logkv.Error, match="a sync failed"):
+        db.close()
     logkv.open(path, segment_size=65_536).close()
     for file in segments(path)[:2]:
         file.write_bytes(file.read_bytes()[:64].ljust(65_536, b"\0"))
@@ -493,7 +497,8 @@ def test_a_kill_while_a_failed_sync_is_made_good(path: str, in_child: Callable[[
         patch.setattr(files, "sync_data", fails)
         with pytest.raises(logkv.Error, match="a sync failed"):
             db.sync()
-    db.close()
+    with pytest.raises(logkv.Error, match="a sync failed"):
+        db.close()
     write = Opening.write_manifest
 
     def die(engine: Opening, *arguments: Any, **options: Any) -> None:

@@ -1,0 +1,104 @@
+"""Failing system calls and allocations: a part of what `tests.proof.failures` plays, and all of where something was wrong."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+import logkv
+from logkv import files
+from logkv.opening import Opening
+from tests.proof import failures
+from tests.proof.common import SEGMENT
+from tests.proof.session import engine_of
+from tests.racing import LIMIT
+
+needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="the shim is compiled")
+
+
+@pytest.fixture
+def path(quick_dir: Path) -> str:
+    return str(quick_dir / "prices.db")
+
+
+@needs_compiler
+@pytest.mark.parametrize("what", ["calls", "allocations"])
+def test_some_of_all(what: str) -> None:
+    tally = failures.run(10, what=what)
+    assert not tally.violations and tally.counted["system calls" if what == "calls" else "allocations"] > 50
+    if what == "calls":         # none slips past the shim; nothing makes links yet
+        assert tally.calls - {"memory"} == set(failures.CALLS) - {"memory", "link"}
+
+
+@needs_compiler
+@pytest.mark.parametrize("what, operation", [
+    ("calls", r"open after a failed sync .few"),        # where the rescue stopped, no opening went further
+    ("calls", r"while a segment was full"),             # a page that could not be read was taken for an empty one
+    ("calls", r"get after the index grew"),             # a reader had no index for good
+    ("calls", r"clear .few"),                           # reading did not go on, a descriptor stayed, close() said nothing
+    ("calls", r"close a reader"),
+    ("calls", r"stats .few"),                           # the system's error, and not what was being done
+    ("allocations", r"close without a change"),         # lock and mappings stayed
+    ("allocations", r"writing: .. =.few|reading: get"),
+])
+def test_where_something_was_wrong(what: str, operation: str) -> None:
+    """Every call, every way in which it fails."""
+    tally = failures.run(300, what=what, only=operation)
+    assert not tally.violations and tally.complete and tally.reached
+
+
+def test_close_says_what_the_background_could_not_sync(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody had been told."""
+    db = logkv.open(path, sync=3600)
+    db["a"] = "1"
+    monkeypatch.setattr(files, "sync_data", lambda fd: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    engine, told = engine_of(db), threading.Event()
+    monkeypatch.setattr(engine, "failed_in_background", lambda problem: told.set())
+    engine._worker.call(engine._sync_now)
+    assert told.wait(LIMIT)
+    monkeypatch.undo()
+    with pytest.raises(logkv.Error, match="a sync failed"):
+        db.close()
+    assert db.closed
+    with logkv.open(path) as db:
+        assert dict(db) == {b"a": b"1"}
+
+
+def test_a_rescue_that_ends_before_its_index(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old index leads behind the end that the rescue has given to the old segment."""
+    db = logkv.open(path, segment_size=SEGMENT)
+    db["durable"] = "1"
+    db.sync()
+    db["later"] = "2"
+    engine_of(db)._poison(OSError(errno.EIO, "Input/output error"))
+    with pytest.raises(logkv.Error):
+        db.close()
+    monkeypatch.setattr(Opening, "_rebuild", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(logkv.Error, match="cannot open the store"):
+        logkv.open(path, segment_size=SEGMENT)
+    monkeypatch.undo()
+    with logkv.open(path, segment_size=SEGMENT) as db:
+        assert dict(db) == {b"durable": b"1", b"later": b"2"}
+
+
+def test_no_thread_is_to_be_had(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the background would do, puts do; and as soon as there is one, it goes on."""
+    def fails(thread: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", fails)
+    with logkv.open(path, segment_size=SEGMENT) as db:
+        for i in range(2_000):
+            db[f"key {i}"] = "x" * 100
+        assert sum(segment["sealed"] for segment in db.stats()["segments"]) > 1
+        monkeypatch.undo()
+        engine = engine_of(db)
+        engine._worker.call(engine.check_open)
+        assert engine._worker._thread is not None
+    with logkv.open(path, "r") as db:
+        assert len(db) == 2_000
