@@ -6,9 +6,11 @@ RUN := $(VENV)/bin/python
 SOURCES := $(wildcard ext/*) setup.py pyproject.toml
 SECONDS ?= 60
 KIND ?= thread
+MINUTES ?= 1
+TARGET ?= scan
 
-.PHONY: demo test bench bench-growth bench-compaction bench-compare proof soak market docs freethreaded sanitize annotate dist \
-	clean
+.PHONY: demo test bench bench-growth bench-compaction bench-compare proof soak fuzz market docs freethreaded sanitize annotate \
+	dist clean
 
 demo: $(VENV)/installed			## live prices from a writer and two readers, a kill, a recovery, a report
 	$(RUN) -m logkv demo
@@ -38,13 +40,16 @@ proof: $(VENV)/tools			## crash states, kills, flipped bits, stress: SECONDS=60 
 soak: $(VENV)/tools			## a store beside a dict through merges, kills and power cuts: SECONDS=60
 	$(RUN) -m tests.proof.soak --seconds $(SECONDS)
 
+fuzz: $(VENV)/tools			## any bytes, under sanitizers: MINUTES=10 TARGET=scan|manifest|open|repair|import; GUIDED=1
+	$(RUN) -m tests.proof.fuzz --target $(TARGET) --seconds $$(($(MINUTES) * 60)) $(if $(GUIDED),--guided) $(ARGS)
+
 docs: $(VENV)/installed			## docs/api.md from the docstrings
 	$(RUN) docs/reference.py
 
 freethreaded:				## the tests without the GIL, on a CPython built for it once; ARGS="tests/test_store.py"
 	.ci/freethreaded $(ARGS)
 
-sanitize: $(VENV)/tools		## the threaded tests with the core under gcc's ThreadSanitizer; KIND=address
+sanitize: $(VENV)/tools		## all tests with the core under gcc's sanitizers: KIND=thread|address|undefined|leak
 	PYTHON=$(RUN) .ci/sanitize $(KIND) $(ARGS)
 
 annotate:				## build/ext/_core.html: where Cython touches Python

@@ -27,14 +27,17 @@ cdef footer_header *footer_of(Mapped *m, uint64_t end) noexcept nogil:
     cdef record_view r
     cdef footer_header *header
     cdef footer_entry *entries
-    cdef uint64_t i
+    cdef uint64_t i, reach
     if m != NULL and m.entries != NULL:
         return (<footer_header *> m.entries) - 1
-    if m == NULL or end >= m.limit or populate(m.base + end, m.limit - end, False) or \
+    if m == NULL or end + RECORD_HEADER_BYTES > m.limit or populate(m.base + end, RECORD_HEADER_BYTES, False):
+        return NULL
+    reach = record_reach(m.base + end)      # the file may be much longer
+    if reach > m.limit - end or populate(m.base + end, reach, False) or \
             record_unpack(&r, m.base + end, m.limit - end, m.salt, end, True) != RECORD_OK:
         return NULL
     header = <footer_header *> r.value
-    if r.kind != KIND_FOOTER or r.value_length < sizeof(footer_header) or \
+    if r.kind != KIND_FOOTER or r.key_length or r.value_length < sizeof(footer_header) or \
             (r.value_length - sizeof(footer_header)) // sizeof(footer_entry) != header.entries:
         return NULL
     entries = <footer_entry *> (header + 1)
@@ -385,11 +388,13 @@ cdef int swing_slot(Log log, Mapped *m, footer_entry *e, uint64_t old, Trouble *
                                     2, t) < 0:
         return CANNOT_WRITE
     atomic_store(&ix.page.state[log.seq & 1].previous, 0)   # the rows have the last put's change, and now get another
+    release_fence()                                         # nothing of this note before the last one's end
     note.chunk = from_.origin >> CHUNK_UNIT_SHIFT
     note.live, note.previous_live = live_more(m.row.live, size), live_less(from_.row.live, size)
     atomic_store(&note.location, location)
     touch_shard(log, shard)
     atomic_store(slot, (e.hash >> TAG_SHIFT << TAG_SHIFT) | location)
+    release_fence()
     m.row.live, from_.row.live = note.live, note.previous_live
     atomic_store(&note.location, 0)
     return FOUND
@@ -407,7 +412,11 @@ cdef int finish_swing(Log log) except -1:
     cdef int status
     if location == 0:
         return 0
+    if location > LOCATION_MASK:            # it was damaged: nobody writes that
+        atomic_store(&note.location, 0)
+        return 0
     t.doubted = 0
+    t.indexes = atomic_load(&log.indexes)
     while True:
         status = read_record(log, location, &r, &t)
         if status == FOUND:
@@ -431,7 +440,7 @@ def swing_replaced(Log log, uint64_t chunk, uint64_t end, uint64_t first, uint64
     cdef Mapped *m = log.chunks[chunk]
     cdef Mapped *other
     cdef footer_header *footer = footer_of(m, end)
-    cdef footer_entry *entries = <footer_entry *> (footer + 1)
+    cdef footer_entry *entries
     cdef uint64_t i = first, offset
     cdef record_view r
     cdef Probe p
@@ -443,6 +452,7 @@ def swing_replaced(Log log, uint64_t chunk, uint64_t end, uint64_t first, uint64
         path, number, offset = log.owner._place_of(m.origin + (end >> LOCATION_UNIT_SHIFT))
         raise CorruptionError("a segment's footer is damaged", path=path, segment=number, offset=offset,
                               expected="a footer", found="another record or a wrong checksum")
+    entries = <footer_entry *> (footer + 1)
     t.doubted = 0
     while i < min(first + count, footer.entries):
         status = MISSING

@@ -113,11 +113,14 @@ enum {
     SYNC_MARK_VALUE_BYTES = 16,
 };
 #define VALUE_MAX ((uint64_t)UINT32_MAX)
+#define VERSION_MAX ((uint64_t)INT64_MAX)      /* so that there is always a next one */
 _Static_assert(offsetof(record_header, flags) + 1 == RECORD_HEADER_BYTES, "record header");
 
-typedef struct { uint64_t number, end, version; } continues_value;
+/* What stands in a value begins at a multiple of 4 only. */
+#define IN_A_VALUE __attribute__((packed, aligned(4)))
+typedef struct { uint64_t number, end, version; } IN_A_VALUE continues_value;
 _Static_assert(sizeof(continues_value) == CONTINUES_VALUE_BYTES, "continues");
-typedef struct { uint64_t number, end; } sync_mark_value;
+typedef struct { uint64_t number, end; } IN_A_VALUE sync_mark_value;
 _Static_assert(sizeof(sync_mark_value) == SYNC_MARK_VALUE_BYTES, "sync mark");
 
 static inline unsigned record_fields(unsigned flags) {          /* bytes of the optional fields, reserved ones too */
@@ -248,14 +251,14 @@ typedef struct {
     uint64_t first_version, last_version;
     uint64_t records;              /* of every kind, between header and footer */
     uint64_t entries;              /* that follow: one for each key, its newest record, in key order */
-} footer_header;
+} IN_A_VALUE footer_header;
 _Static_assert(sizeof(footer_header) == 32, "footer header");
 
 typedef struct {
     uint64_t hash;
     uint32_t unit;                 /* the record's offset / 8 */
     uint32_t size_kind;            /* its size / 8 in the lower 30 bits; above them put or delete */
-} footer_entry;
+} IN_A_VALUE footer_entry;
 _Static_assert(sizeof(footer_entry) == 16, "footer entry");
 #define FOOTER_SIZE_BITS 30
 _Static_assert((((uint64_t)1 << 32) + KEY_MAX + 64) >> 3 < (uint64_t)1 << FOOTER_SIZE_BITS, "footer entry's size");

@@ -23,7 +23,7 @@ cdef extern from "format.h" nogil:
 
     const unsigned KIND_PUT, KIND_DELETE, KIND_CONTINUES, KIND_CLEAR, KIND_SYNC_MARK, KIND_FOOTER
     const unsigned RECORD_HEADER_BYTES, KEY_MAX, VALUE_CRC_ABOVE, VALUE_CRC_BYTES, FLAGS_KNOWN
-    const uint64_t VALUE_MAX
+    const uint64_t VALUE_MAX, VERSION_MAX
     enum:
         RECORD_OK
         RECORD_END

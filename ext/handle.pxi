@@ -82,6 +82,9 @@ cdef uint64_t count_keys(Log log) except? -1:
         if status == FOUND:
             read_state(current_index(log), &s)
         read_end()
+        if status == FOUND and s.keys > LOCATION_MASK:
+            raise CorruptionError("the index has a wrong number of keys", expected="one for each location at most",
+                                  found=str(s.keys))
         if status == FOUND:
             return s.keys
         settle(log, status, &t)

@@ -239,6 +239,7 @@ cdef inline void touch_shard(Log log, uint8_t *shard) noexcept nogil:
     """Before the first store into a shard: its checksum is not true any more."""
     if (<shard_header *> shard).intact:
         atomic_store_word(&(<shard_header *> shard).intact, 0)
+        release_fence()
 
 
 cdef inline uint64_t *claim_slot(Log log, Probe *p) noexcept nogil:
@@ -377,6 +378,19 @@ def attach_index(Log log, int fd, uint64_t size, uint64_t epoch, uint64_t nonce,
     return None
 
 
+cdef enum:
+    LONGER = 16                 # times what the header says: more is no growth that was interrupted
+
+
+cdef bint are_apart(Extent *extents, uint64_t count) noexcept nogil:
+    cdef uint64_t i
+    qsort(extents, count, sizeof(Extent), compare_extents)
+    for i in range(1, count):
+        if extents[i].page < extents[i - 1].page + extents[i - 1].pages:
+            return False
+    return True
+
+
 cdef str why_not(Log log, uint8_t *base, uint64_t pages, uint64_t epoch, uint64_t nonce, bint clean, uint8_t *checked,
                  uint64_t *unchecked):
     """What is wrong with an index, or None; counts the shards whose checksums are still to be compared."""
@@ -384,13 +398,16 @@ cdef str why_not(Log log, uint8_t *base, uint64_t pages, uint64_t epoch, uint64_
     cdef uint64_t word = atomic_load(&header.directory), rows = atomic_load(&(<index_page *> base).rows), i, entry, last = 0
     cdef unsigned depth = DIRECTORY_DEPTH(word)
     cdef uint64_t *directory
+    cdef Extent *extents
+    cdef uint64_t count = 3
+    cdef bint apart
     if memcmp(header.magic, INDEX_MAGIC, 8):
         return "its first bytes are not an index's"
     if header.format != FORMAT_VERSION:
         return f"it has format {header.format}, expected {FORMAT_VERSION}"
     if header.identity != log.identity or header.epoch != epoch or header.nonce != nonce:
         return "it belongs to another store or another time of this one"
-    if header.pages > pages:
+    if header.pages > pages or pages > LONGER * header.pages:
         return f"{header.pages} pages expected, {pages} found"
     if depth > DIRECTORY_DEPTH_MAX or DIRECTORY_PAGE(word) + directory_pages(depth) > pages:
         return "its directory is out of bounds"
@@ -399,6 +416,12 @@ cdef str why_not(Log log, uint8_t *base, uint64_t pages, uint64_t epoch, uint64_
     if clean and (header.clean_directory != word or header.crc != index_crc(base)):
         return "its directory or its segments' rows fail the checksum"
     directory = <uint64_t *> (base + DIRECTORY_PAGE(word) * PAGE_BYTES)
+    extents = <Extent *> malloc((count + (<uint64_t> 1 << depth)) * sizeof(Extent))
+    if extents == NULL:
+        raise MemoryError()
+    extents[0].page, extents[0].pages = 0, 1
+    extents[1].page, extents[1].pages = DIRECTORY_PAGE(word), directory_pages(depth)
+    extents[2].page, extents[2].pages = ROWS_PAGE(rows), ROWS_PAGES(rows)
     for i in range(<uint64_t> 1 << depth):
         entry = atomic_load(directory + i)
         if entry == last:
@@ -406,7 +429,20 @@ cdef str why_not(Log log, uint8_t *base, uint64_t pages, uint64_t epoch, uint64_
         last = entry
         if ENTRY_CLASS(entry) >= SHARD_CLASSES or ENTRY_DEPTH(entry) > depth or \
                 ENTRY_PAGE(entry) + SHARD_PAGES[ENTRY_CLASS(entry)] > pages:
+            free(extents)
             return "a shard is out of bounds"
+        extents[count].page, extents[count].pages = ENTRY_PAGE(entry), SHARD_PAGES[ENTRY_CLASS(entry)]
+        count += 1
+    apart = are_apart(extents, count)
+    free(extents)
+    if not apart:
+        return "two parts of it share pages"
+    last = 0
+    for i in range(<uint64_t> 1 << depth):
+        entry = atomic_load(directory + i)
+        if entry == last:
+            continue
+        last = entry
         if (<shard_header *> (base + ENTRY_PAGE(entry) * PAGE_BYTES)).intact:
             unchecked[0] += 1
         elif clean:

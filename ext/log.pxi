@@ -540,7 +540,9 @@ cdef class Log:
 
     def heed(self, tuple signs) -> None:
         """Goes on with the index that is there until the control page says something else than this."""
-        self.nonce, self.epoch, self.last_version, self.merges = signs
+        cdef uint64_t nonce, epoch, last_version, merges
+        nonce, epoch, last_version, merges = signs
+        self.nonce, self.epoch, self.last_version, self.merges = nonce, epoch, last_version, merges
 
     def heed_merges(self, uint64_t merges) -> None:
         """Of what the control page says, only this was heeded."""

@@ -3,6 +3,7 @@
 #define LOGKV_PLATFORM_H
 
 #include <errno.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <time.h>
 #include <sys/mman.h>
@@ -18,6 +19,9 @@
 #error "LogKV does not support Windows"
 #endif
 
+/* In place of those of <stdatomic.h>, which are sequentially consistent, and which clang has for _Atomic types only. */
+#undef atomic_load
+#undef atomic_store
 #define atomic_load(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
 #define atomic_store(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
 #define relaxed_load(p) __atomic_load_n((p), __ATOMIC_RELAXED)

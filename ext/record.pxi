@@ -48,8 +48,11 @@ SCAN_REASONS = {
 
 
 cdef struct Bytes:          # a borrowed run of bytes
-    const uint8_t *data
+    const uint8_t *data     # never NULL
     size_t size
+
+
+cdef const uint8_t *NOTHING = <const uint8_t *> <const char *> b""
 
 
 cdef inline int key_bytes(object key, Bytes *out) except -1:
@@ -94,7 +97,7 @@ def encode_record(int kind, uint64_t version, bytes key, value, uint32_t salt, u
     cdef size_t size = data.shape[0]
     cdef bytes out = PyBytes_FromStringAndSize(NULL, record_size(len(key), size))
     record_pack(<uint8_t *> PyBytes_AS_STRING(out), salt, offset, kind, version, PyBytes_AS_STRING(key),
-                <uint32_t> len(key), &data[0] if size else NULL, <uint32_t> size)
+                <uint32_t> len(key), &data[0] if size else NOTHING, <uint32_t> size)
     return out
 
 

@@ -20,6 +20,11 @@ cdef enum:
 cdef uint64_t SCAN_FIRST = 16 << 10, SCAN_STEP = 4 << 20       # pages made present at a time
 
 
+cdef inline uint64_t records_end(Mapped *m) noexcept nogil:
+    """No record of a segment stands behind this, however long its file is: locations there are those of others."""
+    return min(atomic_load(&m.limit), m.run << CHUNK_SHIFT)
+
+
 cdef int begin_scan(Log log, Scan *s, uint64_t chunk, uint64_t start, uint64_t stop, uint64_t version) except -1:
     log.check_open()
     cdef Mapped *entry = log.chunks[chunk]
@@ -29,7 +34,7 @@ cdef int begin_scan(Log log, Scan *s, uint64_t chunk, uint64_t start, uint64_t s
     s.origin = entry.origin
     s.salt = entry.salt
     s.offset = start
-    s.stop = min(stop, atomic_load(&entry.limit))
+    s.stop = min(stop, records_end(entry))
     s.version = version
     s.populated = start
     s.step = SCAN_FIRST
@@ -73,7 +78,8 @@ cdef inline int next_record(Scan *s, record_view *r) noexcept nogil:
         return status
     if r.kind == KIND_FOOTER:
         return SCAN_FOOTER
-    if not s.sorted and r.version <= s.version and not (r.kind == KIND_CONTINUES and r.version == s.version):
+    if r.version > VERSION_MAX or \
+            not s.sorted and r.version <= s.version and not (r.kind == KIND_CONTINUES and r.version == s.version):
         return SCAN_VERSION
     s.offset += r.size
     s.version = max(s.version, r.version)
@@ -204,13 +210,14 @@ def replay_footer(Log log, uint64_t number, uint64_t chunk, uint64_t end) -> tup
     """
     cdef Mapped *segment = log.chunks[chunk]
     cdef footer_header *header = footer_of(segment, end)
-    cdef footer_entry *entries = <footer_entry *> (header + 1)
+    cdef footer_entry *entries
     cdef Entry batch[BATCH]
     cdef Entry *e
     cdef uint64_t i
     cdef int n = 0
     if header == NULL:
         return None
+    entries = <footer_entry *> (header + 1)
     for i in range(header.entries):
         e = &batch[n]
         e.hash = entries[i].hash
@@ -248,7 +255,7 @@ def find_mark(Log log, uint64_t chunk, uint64_t start, uint64_t version) -> tupl
         while s.offset + MARK_BYTES <= s.stop:
             if (s.base + s.offset)[18] == KIND_SYNC_MARK and \
                     record_unpack(&r, s.base + s.offset, MARK_BYTES, s.salt, s.offset, True) == RECORD_OK and \
-                    r.value_length == sizeof(sync_mark_value) and r.version > version:
+                    r.key_length == 0 and r.value_length == sizeof(sync_mark_value) and r.version > version:
                 mark = <sync_mark_value *> r.value
                 if not found or mark.number > number or (mark.number == number and mark.end > end):
                     number, end, found = mark.number, mark.end, True
@@ -300,7 +307,7 @@ def first_nonzero(Log log, uint64_t chunk, uint64_t start, uint64_t stop) -> tup
     """(first, behind the last) offset between `start` and `stop` that is not zero, or None."""
     cdef Mapped *segment = log.chunks[chunk]
     cdef uint64_t first, last
-    stop = min(stop, segment.limit) if segment != NULL else 0
+    stop = min(stop, records_end(segment)) if segment != NULL else 0
     first = start
     if start >= stop:
         return None
@@ -329,7 +336,8 @@ def read_link(Log log, uint64_t chunk) -> tuple | None:
     reason = next_record(&s, &r)
     if reason == SCAN_IO_ERROR:
         raise_unreadable(log, chunk, SEGMENT_HEADER_BYTES)
-    if reason != RECORD_OK or r.kind != KIND_CONTINUES or r.value_length != sizeof(continues_value):
+    if reason != RECORD_OK or r.kind != KIND_CONTINUES or r.key_length or \
+            r.value_length != sizeof(continues_value):
         return None
     link = <continues_value *> r.value
     return link.number, link.end, link.version

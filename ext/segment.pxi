@@ -92,6 +92,7 @@ cdef inline uint64_t write_record(Log log, uint8_t kind, Bytes key, Bytes value,
     cdef Active *a = &log.active
     cdef uint64_t version = next_version(log)
     atomic_store(&log.control.reserved_end, a.end + need)
+    release_fence()             # not a byte of the record before it
     record_pack(a.base + a.end, a.salt, a.end, kind, version, key.data, <uint32_t> key.size,
                 value.data, <uint32_t> value.size)
     return version
@@ -197,6 +198,7 @@ cdef inline void apply_put(Log log, Probe *p, int found, uint64_t h, uint64_t lo
         log.keys += 1
         claim_slot(log, p)
     commit(log, number, end, version, p.slot, (h >> TAG_SHIFT << TAG_SHIFT) | location, previous, live, previous_live)
+    release_fence()             # a change that is not published is made again, and counted then
     row.live = live
     if other != row:
         other.live = previous_live
@@ -211,6 +213,7 @@ cdef inline void apply_delete(Log log, Probe *p, uint64_t location, uint64_t num
     log.keys -= 1
     touch_shard(log, p.shard)
     commit(log, number, end, version, p.slot, value, p.slot[0], previous_live if other == row else row.live, previous_live)
+    release_fence()
     other.live = previous_live
     if value == SLOT_EMPTY:
         relaxed_store(&(<shard_header *> p.shard).used, (<shard_header *> p.shard).used - 1)
@@ -249,7 +252,7 @@ cdef uint64_t CHANGED_VERSION = 1       # no version is so low
 cdef inline int delete_now(Log log, Bytes key, uint64_t h, uint64_t need, uint64_t seen, uint64_t *version,
                            Trouble *t) noexcept nogil:
     """With the mutex held."""
-    cdef Bytes nothing = Bytes(NULL, 0)
+    cdef Bytes nothing = Bytes(NOTHING, 0)
     cdef uint64_t location
     cdef Probe p
     cdef int status
@@ -300,7 +303,7 @@ def append_mark(Log log, uint64_t number, uint64_t end, uint64_t covered) -> int
 cdef uint64_t mark_now(Log log, uint64_t number, uint64_t end, uint64_t covered) noexcept nogil:
     """With the mutex held; also where writes are refused, for the last sync of a store that is closing."""
     cdef sync_mark_value mark = sync_mark_value(number, end)
-    cdef Bytes key = Bytes(NULL, 0), value = Bytes(<uint8_t *> &mark, sizeof(mark))
+    cdef Bytes key = Bytes(NOTHING, 0), value = Bytes(<uint8_t *> &mark, sizeof(mark))
     cdef bint quiet = log.version <= covered
     cdef uint64_t version
     cdef Trouble t
@@ -335,7 +338,8 @@ cdef void switch_now(Log log, int fd, uint64_t number, uint64_t chunk, uint64_t 
     append_to(log, fd, number, chunk, capacity, allocated, SEGMENT_HEADER_BYTES)
     a.populated = PAGE_BYTES
     atomic_store(&log.control.reserved_end, a.end + LINK_BYTES)
-    record_pack(a.base + a.end, a.salt, a.end, KIND_CONTINUES, log.version, NULL, 0, &link, sizeof(link))
+    release_fence()
+    record_pack(a.base + a.end, a.salt, a.end, KIND_CONTINUES, log.version, NOTHING, 0, &link, sizeof(link))
     a.end += LINK_BYTES
     commit(log, number, a.end, log.version, NULL, 0, 0, log.active_live(), 0)
 

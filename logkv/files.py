@@ -144,6 +144,18 @@ class Directory:
         finally:
             close(fd)
 
+    def has_data(self, name: str, start: int) -> bool:
+        """Whether a file has anything but zeros from an offset on."""
+        fd = self.open(name)
+        try:
+            while piece := read_at(fd, 1 << 20, start):
+                if piece.count(0) != len(piece):
+                    return True
+                start = _next_data(fd, start + len(piece))
+            return False
+        finally:
+            os.close(fd)
+
     def rename(self, old: str, new: str) -> None:
         os.rename(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
 
@@ -289,6 +301,14 @@ def free_space(fd: int, start: int) -> None:
     length = os.fstat(fd).st_size - start
     if length > 0:
         free_blocks(fd, start, length)
+
+
+def _next_data(fd: int, start: int) -> int:
+    """Where a file goes on behind a hole, which reads as zeros; its end if it does not."""
+    try:
+        return os.lseek(fd, start, os.SEEK_DATA)
+    except OSError as problem:
+        return os.fstat(fd).st_size if problem.errno == errno.ENXIO else start
 
 
 def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:

@@ -15,6 +15,7 @@ from logkv.errors import CorruptionError, Error, FormatError
 
 MAGIC = "LogKV MANIFEST"
 HASH = "siphash-1-3"
+LONGEST = 1 << 28           # bytes of a MANIFEST: more than as many segments take as there are chunks
 
 
 @dataclass(slots=True)
@@ -143,7 +144,7 @@ class Manifest:
             if data.startswith(MAGIC.encode()[:1]) or not data.strip(b"\0"):
                 raise _first_line_damaged(data, path)
             raise FormatError(f"{path} is not a MANIFEST of LogKV: it begins with {head[:30]!r}")
-        if not words[2].isdigit():
+        if not words[2].isdigit() or len(words[2]) > 9:
             raise CorruptionError("the format's number is damaged", path=path, offset=len(MAGIC) + 1,
                                   expected=str(FORMAT), found=repr(words[2]), fatal=True)
         if int(words[2]) != FORMAT:
@@ -155,7 +156,7 @@ class Manifest:
                                   found=f"{checksum(body):08x}, {len(body)} bytes", fatal=True)
         try:
             found = cls._of(json.loads(body), path, writable)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as problem:
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as problem:
             raise CorruptionError("the MANIFEST makes no sense, though its checksum is right", path=path,
                                   expected="what docs/format.md says", found=str(problem) or repr(problem),
                                   fatal=True) from problem
@@ -184,7 +185,8 @@ class Manifest:
 
     def _check(self) -> None:
         """Raises ValueError if a number is not where it must be: what follows relies on them."""
-        counts = [self.identity, self.generation, self.epoch, self.moves, self.next_number, self.next_chunk, self.last_version,
+        _expect(type(self.identity) is int and 0 <= self.identity < 1 << 64, f"the identity is {self.identity}")
+        counts = [self.generation, self.epoch, self.moves, self.next_number, self.next_chunk, self.last_version,
                   self.cut_bytes, *(version for kept, first in self.cuts for version in (kept, first))]
         for s in self.segments:
             numbers = [s.number, s.chunk, s.capacity, s.records, s.first_version, s.last_version, s.end or 0, s.tombstones,
@@ -201,7 +203,9 @@ class Manifest:
             _expect(s.records <= s.chunks * CHUNK, f"segment {s.number} has {s.records} records")
         placed = sorted(self.segments, key=lambda s: s.chunk)
         _expect(all(a.chunk + a.chunks <= b.chunk for a, b in zip(placed, placed[1:])), "two segments share a chunk")
-        _expect({*map(type, counts)} == {int} and min(counts) >= 0 and max(counts) < 1 << 64, "a number is out of range")
+        _expect({*map(type, counts)} == {int} and min(counts) >= 0 and max(counts) < 1 << 63, "a number is out of range")
+        _expect(all(s.number < self.next_number and s.chunk + s.chunks <= self.next_chunk for s in self.segments),
+                "the next segment's number or place is taken")
         _expect(len({s.number for s in self.segments}) == len(self.segments), "two segments have one number")
         _expect(bool(self.segments) and not self.segments[-1].sealed, "no segment is there to be appended to")
         _expect(self.codec is None or isinstance(self.codec, str), f"the codec is {self.codec!r}")
@@ -243,6 +247,9 @@ def read(directory: files.Directory, *, writable: bool = False,
         raise Error(problem.errno, f"cannot read the MANIFEST: {problem.strerror}", path) from None
     try:
         status = os.fstat(fd)
+        if status.st_size > LONGEST:
+            raise CorruptionError("the MANIFEST is too long", path=path, offset=0, expected=f"at most {LONGEST} bytes",
+                                  found=f"{status.st_size}", fatal=True)
         data = files.read_at(fd, status.st_size, 0)
     finally:
         files.close(fd)

@@ -177,10 +177,14 @@ class Opening(Engine):
         problem = self._attach_index(trust.clean, nonce)
         if problem is None:
             files.allocate(self._index_fd, os.fstat(self._index_fd).st_size, whole=True)
-            number, _, _ = self.log.restore_state()
+            number, end, version = self.log.restore_state()
             segment = self.manifest.segment_numbered(number)
             if segment is None or segment.sealed:
                 problem = f"it ends in segment {number}, which is not the active one"
+            elif end % 8 or not START <= end <= segment.chunks * _core.CHUNK:
+                problem = f"it ends at {end}, where no record can end"
+            elif version >= 1 << 63:
+                problem = f"it has version {version}"
         if problem is not None:
             self.recovered = {"why": problem}
             return None
@@ -269,7 +273,7 @@ class Opening(Engine):
             current.cuts.append([tail.version, version + 1])
         current.last_version = version
         fd = self._fd_of(tail.segment)
-        size = os.fstat(fd).st_size
+        size = min(os.fstat(fd).st_size, -(-tail.segment.capacity // _core.PAGE) * _core.PAGE)
         files.allocate(fd, size, whole=True)
         self.map_segment(tail.segment, size)
         self._set_active(tail.segment, size, tail.end)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 RENAME_NS = 1_000_000_000       # a noted rename that a kill interrupted is believed if it came so soon after its note
 START = _core.SEGMENT_HEADER
+SMALLEST = 24                   # bytes of a record
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,17 +186,18 @@ def expected_keys(engine: Engine) -> int:
     for segment in engine.manifest.segments:
         if segment.replaced_by:
             continue
+        size = min(engine.directory.size(segment.name))     # a file may be long and have nothing in it
         if segment.sealed:
-            total += segment.records
+            total += min(segment.records, size // SMALLEST)
         else:
-            total += max(0, engine.directory.size(segment.name)[0] - (1 << 20)) // 160
+            total += max(0, size - (1 << 20)) // 160
     return total
 
 
 def has_records(directory: files.Directory) -> bool:
     """Whether a directory without a MANIFEST holds segments with anything in them."""
     for name in directory.names():
-        if files.segment_number(name) is not None and any(directory.read(name)[START:]):
+        if files.segment_number(name) is not None and directory.has_data(name, START):
             return True
     return False
 

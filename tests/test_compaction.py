@@ -640,9 +640,10 @@ def test_a_segment_without_a_record_between_two_others(path: str, how: str, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "sync_data", fails)
-        with pytest.raises(logkv.Error, match="it fails"):
-            db.sync()
-    db = reopen(db)
+        for end in (db.sync, db.close):
+            with pytest.raises(logkv.Error, match="it fails"):
+                end()
+    db = opened(path)
     assert [s["records"] for s in db.stats()["segments"]][1:] == [0, None]
     for _ in range(3):
         put(db, model, "last", bytes(1000))
