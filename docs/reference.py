@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import logkv
-from logkv import codecs, dbm, shelve, verification
+from logkv import backup, codecs, dbm, shelve, verification
 
 REPAIR = importlib.import_module("logkv.repair")     # `logkv.repair` is the function
 PAGE = Path(__file__).with_name("api.md")
@@ -113,7 +113,7 @@ def render() -> str:
         INTRODUCTION, "## logkv", function("logkv.open", logkv.open), function("logkv.verify", logkv.verify),
         function("logkv.repair", logkv.repair),
         *handle(logkv.Store), *handle(logkv.Reader, logkv.Store), *handle(logkv.Writer, logkv.Store),
-        *public(verification, "Report", "Problem"),
+        *public(verification, "Report", "Problem"), *public(backup, "Backup"),
         *public(REPAIR, "RepairReport", "Loss"), *public(logkv.errors), *public(codecs, "SupportsCodec"),
         *public(dbm), *public(shelve),
     ]) + "\n"

@@ -358,3 +358,17 @@ def survey(Log log, uint64_t chunk, uint64_t start, uint64_t stop, uint64_t vers
                 break
             records += 1
     return SCAN_REASONS[reason], s.offset, s.version, records
+
+
+def count_writes(Log log, uint64_t chunk, uint64_t start, uint64_t stop) -> tuple:
+    """(puts and deletes, their aligned bytes) among the records from `start` to `stop`, as far as these are whole."""
+    cdef Scan s
+    cdef record_view r
+    cdef uint64_t writes = 0, size = 0
+    begin_scan(log, &s, chunk, start, stop, 0)
+    with nogil:
+        while next_record(&s, &r) == RECORD_OK:
+            if r.kind == KIND_PUT or r.kind == KIND_DELETE:
+                writes += 1
+                size += r.size
+    return writes, size

@@ -19,6 +19,7 @@ from logkv.errors import (
 )
 
 try:
+    from logkv.backup import Backup
     from logkv.repair import Loss, RepairReport, repair
     from logkv.store import Reader, Store, Writer, open
     from logkv.verification import Problem, Report, verify
@@ -32,5 +33,5 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ClosedError", "CorruptionError", "Error", "FormatError", "LockedError", "NotFoundError", "ReadOnlyError",
-    "Loss", "Problem", "Reader", "RepairReport", "Report", "Store", "Writer", "error", "open", "repair", "verify",
+    "Backup", "Loss", "Problem", "Reader", "RepairReport", "Report", "Store", "Writer", "error", "open", "repair", "verify",
 ]

@@ -405,6 +405,8 @@ def no_store(directory: files.Directory) -> Error:
     foreign = [name for name in directory.names() if not files.is_store_name(name)]
     if foreign:
         return FormatError(f"{directory.path} is not a LogKV store: it holds {sorted(foreign)[0]!r} and no MANIFEST")
+    if files.BACKUP_BEGUN in directory.names():
+        return FormatError(f"{directory.path} holds a backup that was not finished: back up to it again, or remove it")
     if recovery.has_records(directory):
         return CorruptionError("the MANIFEST is missing, but there are segments", expected="a MANIFEST", found="none", fatal=True,
                                path=os.path.join(directory.path, files.MANIFEST))

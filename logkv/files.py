@@ -27,6 +27,7 @@ MANIFEST_NEXT = "MANIFEST.tmp"
 CONTROL = "control"
 INDEX = "index"
 INDEX_NEXT = "index.tmp"
+BACKUP_BEGUN = "backup.tmp"
 LOST_FOUND = "lost+found"
 
 # What mapped files and their coherence between processes cannot be had from (magic numbers of statfs(2)).
@@ -39,6 +40,9 @@ NETWORK_FILE_SYSTEMS = {
 IN_PLACE = {0xEF53: "ext2, ext3, ext4", 0x01021994: "tmpfs", 0x858458F6: "ramfs"}
 PART = 1 << 20           # bytes of a file that are copied at a time
 LITTLE = 1 << 30        # bytes left, below which copying on write may find no room
+
+# Why a file has no second name: another device, no such thing there, rights, too many.
+NO_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.ENOENT}
 
 
 def segment_name(number: int) -> str:
@@ -54,7 +58,7 @@ def segment_number(name: str) -> int | None:
 
 def is_store_name(name: str) -> bool:
     """Whether LogKV gives a file this name."""
-    return name in (LOCK, MANIFEST, MANIFEST_NEXT, CONTROL, INDEX, INDEX_NEXT, LOST_FOUND) \
+    return name in (LOCK, MANIFEST, MANIFEST_NEXT, CONTROL, INDEX, INDEX_NEXT, BACKUP_BEGUN, LOST_FOUND) \
         or segment_number(name) is not None
 
 
@@ -166,6 +170,16 @@ class Directory:
         except FileNotFoundError:
             pass
 
+    def link(self, other: Directory, name: str) -> bool:
+        """Gives a file of another directory its name here too; False where that cannot be, or the file is gone."""
+        try:
+            os.link(name, name, src_dir_fd=other.fd, dst_dir_fd=self.fd)
+        except OSError as problem:
+            if problem.errno not in NO_LINK:
+                raise
+            return False
+        return True
+
     def save_aside(self, label: str, parts: Callable[[], Iterable[bytes]]) -> str:
         """Writes bytes to a new file under `lost+found`, durably: under its name it is whole.  What was saved under the
         same label before stays, and is not written again if it is the same.  Returns the file's name in the directory.
@@ -262,6 +276,11 @@ def sync_directory_of(path: str) -> None:
         os.fsync(fd)
     finally:
         close(fd)
+
+
+def remove_directory(path: str) -> None:
+    """Removes an empty directory."""
+    os.rmdir(path)
 
 
 def sync_data(fd: int) -> None:

@@ -139,7 +139,7 @@ def contradiction(directory: files.Directory, manifest: Manifest) -> str | None:
     if others and not any(segment in ours for segment in others):
         return "it belongs to another store than the segments that it names"
     stray = [segment for segment in ours if segment.number not in named]
-    if not stray:
+    if not stray or manifest.backup:        # where the next backup was begun, and not finished
         return None
     read(directory, stray)
     missing = [s for s in manifest.segments if s.sealed and not s.replaced_by and s.number not in {f.number for f in ours}]

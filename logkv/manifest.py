@@ -62,6 +62,7 @@ class Manifest:
     cut_bytes: int = 0                  # of torn tails, over the store's life
     moves: int = 0                      # how often locations were given out anew, or segments replaced by a repair
     text: bytes = b""                   # the file that this was read from
+    backup: bool = False                # a backup made this, and nobody has changed the store since
 
     @classmethod
     def new(cls, codec: str | None) -> Manifest:
@@ -118,7 +119,9 @@ class Manifest:
         return None
 
     def copy(self) -> Manifest:
-        return replace(self, text=b"", cuts=[list(cut) for cut in self.cuts], segments=[replace(s) for s in self.segments])
+        """One to be changed."""
+        return replace(self, text=b"", backup=False, cuts=[list(cut) for cut in self.cuts],
+                       segments=[replace(s) for s in self.segments])
 
     def encode(self) -> bytes:
         """The file's bytes."""
@@ -128,6 +131,7 @@ class Manifest:
             "generation": self.generation, "epoch": self.epoch, "moves": self.moves,
             "next_number": self.next_number, "next_chunk": self.next_chunk, "last_version": self.last_version,
             "cuts": self.cuts, "cut_bytes": self.cut_bytes,
+            **({"backup": True} if self.backup else {}),
             "segments": [{name: getattr(s, name) for name in Segment.__slots__} for s in self.segments],
         }).encode()
         return b"%s %d %08x %d\n" % (MAGIC.encode(), FORMAT, checksum(body), len(body)) + body
@@ -177,6 +181,7 @@ class Manifest:
             generation=fields["generation"], epoch=fields["epoch"], moves=fields["moves"], next_number=fields["next_number"],
             next_chunk=fields["next_chunk"], last_version=fields["last_version"], cuts=fields["cuts"],
             cut_bytes=fields["cut_bytes"], codec=fields["options"].get("codec"),
+            backup=fields.get("backup", False),
             segments=[Segment(**{name: s[name] for name in Segment.__slots__ if name in s})
                       for s in fields["segments"]],
         )
@@ -208,6 +213,7 @@ class Manifest:
                 "the next segment's number or place is taken")
         _expect(len({s.number for s in self.segments}) == len(self.segments), "two segments have one number")
         _expect(bool(self.segments) and not self.segments[-1].sealed, "no segment is there to be appended to")
+        _expect(type(self.backup) is bool, f"backup is {self.backup!r}")
         _expect(self.codec is None or isinstance(self.codec, str), f"the codec is {self.codec!r}")
         _expect(len(self.seed) == 16, f"the seed has {len(self.seed)} bytes")
 

@@ -5,11 +5,13 @@ The order of the steps is what survives a crash; docs/how-it-works.md says why e
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 
 from logkv import _core, files, manifest, recovery
@@ -21,6 +23,7 @@ FIRST_STEP = 32 << 10           # bytes that a new segment's file has
 LARGEST_STEP = 16 << 20         # by which it grows at the most
 START = _core.SEGMENT_HEADER
 UNFINISHED = "reading goes on, writing needs the store to be closed and opened again"
+PATIENCE = 1.0                  # seconds for the lock, to say more of a failure
 PARTIAL = 4096                  # bytes behind a trusted end that are looked at, beside what was reserved
 
 
@@ -391,27 +394,65 @@ class Opening(Engine):
 
     def _poison(self, problem: OSError) -> None:
         """A sync that failed cannot be repeated: the system may have dropped the pages and call them clean."""
-        said = UNFINISHED
+        said = UNFINISHED               # where there is no memory to say more
         try:
-            number, end = self.log.trust["durable"]
-            said = f"a sync failed ({problem.strerror}): what was written after offset {end} of segment {number} may not be " \
-                "on the device; " + said
+            self.log.note_sync_failure(problem.errno or errno.EIO)
+            self.log.pause(True)        # what is counted stays
+            said = (f"a sync failed ({problem.strerror}): {self._what_is_durable()}, and no later sync could tell. Reading "
+                    "goes on. Writing needs the store to be closed and opened again; until the system goes down that writes "
+                    "anew what may be missing")
         finally:
             self.log.stop_writes(said)
-            self.log.note_sync_failure(problem.errno or 5)
+
+    def _what_is_durable(self) -> str:
+        """What of the writes is on the device, and how much is not known to be."""
+        number, end = self.log.trust["durable"]
+        if self.lock.acquire(timeout=PATIENCE):     # where threads wait for each other, less is said
+            try:
+                segment, end, version = self._durable()
+                writes, size = self._count_after(segment, end)
+                until = datetime.fromtimestamp(version // 10**9, UTC).replace(tzinfo=None).isoformat(" ")
+                known = f"everything written until {until}.{version % 10**9:09d} UTC (version {version})"
+                return (f"{known if version else 'nothing'} is known to be on the device; "
+                        f"{writes:,} {'write' if writes == 1 else 'writes'} of {size:,} bytes after that "
+                        f"(behind offset {end} of segment {segment.number}) may not be")
+            except (OSError, ValueError, MemoryError):
+                pass                    # the failure that led here is the one to tell
+            finally:
+                self.lock.release()
+        return f"what was written after offset {end} of segment {number} may not be on the device"
+
+    def _durable(self) -> tuple[Segment, int, int]:
+        """The last place in the log that a sync is known to have covered, and the last version before it."""
+        number, end = self.log.trust["durable"]
+        segment = self.manifest.segment_numbered(number)
+        if segment is None or segment.sealed:
+            segment = next(s for s in self.manifest.segments if not s.sealed)
+            end = START
+        self.map_segment(segment)
+        _, end, version, _ = _core.survey(self.log, segment.chunk, START, end, 0)
+        return segment, end, max([version, *(s.last_version for s in self.manifest.segments)])
+
+    def _count_after(self, segment: Segment, end: int) -> tuple[int, int]:
+        """Puts and deletes behind a place in the log, and their bytes."""
+        writes = size = 0
+        state = self.log.state
+        segments = self.manifest.segments
+        for following in segments[segments.index(segment):]:
+            self.map_segment(following)
+            last = following.number == state["number"]
+            count, bytes_ = _core.count_writes(self.log, following.chunk, end if following is segment else START,
+                                               state["end"] if last else 1 << 62)
+            writes, size = writes + count, size + bytes_
+            if last:
+                break
+        return writes, size
 
     def _rescue(self, tail: recovery.Tail) -> recovery.Tail:
         """After a failed sync in this boot, the cache above the last durable place may call pages clean that the device
         never got: writes it all again, to a new segment, before anything else."""
-        number, durable = self.log.trust["durable"]
+        segment, durable, version = self._durable()
         segments = self.manifest.segments
-        segment = self.manifest.segment_numbered(number)
-        if segment is None or segment.sealed:
-            segment = next(s for s in segments if not s.sealed)
-            durable = START
-        self.map_segment(segment)
-        _, durable, version, _ = _core.survey(self.log, segment.chunk, START, durable, 0)
-        version = max([version, *(s.last_version for s in segments)])
         new = self.manifest.copy()
         at = segments.index(segment)
         del new.segments[at + 1:]

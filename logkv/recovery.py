@@ -207,7 +207,7 @@ def leftovers(directory: files.Directory, current: manifest.Manifest) -> list[st
     found = []
     named = {segment.name for segment in current.segments}
     for name in directory.names():
-        if name in (files.MANIFEST_NEXT, files.INDEX_NEXT):
+        if name in (files.MANIFEST_NEXT, files.INDEX_NEXT, files.BACKUP_BEGUN):
             found.append(name)
         elif files.segment_number(name) is not None and name not in named:
             fd = directory.open(name)

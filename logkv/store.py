@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack, overload
 
 from logkv import _core, codecs, files, views
+from logkv.backup import Backup, back_up
 from logkv.codecs import Codec, SupportsCodec
 from logkv.engine import Engine, Progress
 from logkv.errors import ClosedError, Error, LockedError, ReadOnlyError
@@ -317,6 +318,29 @@ class _Handle(_core.ReadHandle[V]):
         """What is known of the store now: keys, bytes alive and dead, index, segments, how it was opened.
         O(segments and shards of the index)."""
         return self._open_engine().stats()
+
+    def backup(self, dest: Path, *, links: bool = True, progress: Progress | None = None) -> Backup:
+        """Copies the store to the directory `dest`, which is a store then: to restore it, open it, or a copy of it.
+        Nobody is stopped: this and other processes read and write on.
+
+        What was acknowledged before the call is in the copy; of what comes meanwhile, some of the first.  When this
+        returns the copy was read back and checked, and is on the device.  `dest` may be an earlier backup of the same
+        store that nobody has opened for writing: then only what is new is added, and that backup stays whole until
+        this one is.
+
+        links: segments that are sealed, and so never change, get a second name (a hard link) where the file system
+            allows it.  They then share their bytes on the device with the store: a bad sector there hits both.  False:
+            all are copied.
+        progress: called as progress(done, total), in bytes.
+
+        Raises FormatError (`dest` holds something else), LockedError (it is in use), ValueError (it is inside the
+        store), CorruptionError (what is to be copied is damaged: it names the file) and Error (a full disk, a writer
+        whose sync has failed); `dest` is then what it was.  O(bytes that are new in `dest`).
+        """
+        engine = self._open_engine()
+        if engine.writable and engine.log.poisoned:
+            raise Error(engine.log.poisoned)
+        return back_up(engine.directory.again(), os.fsdecode(dest), links=links, progress=progress)
 
 
 class _Reading(_Handle[V]):

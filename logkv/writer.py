@@ -445,7 +445,7 @@ class Writing(Opening):
 
     def close(self) -> None:
         """Syncs, gives the index its checksums, sets the clean mark, lets the lock go.  Everything is let go also
-        when that fails, and then the failure is raised."""
+        when that fails, or a sync has failed before, and then the failure is raised."""
         try:
             self.log.stop_writes()
             self._closing = True

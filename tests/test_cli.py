@@ -22,7 +22,8 @@ import logkv
 from logkv.cli import main, terminal
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("get", "put", "delete", "import", "export", "migrate", "stats", "verify", "repair", "compact", "demo")
+COMMANDS = ("get", "put", "delete", "import", "export", "migrate", "stats", "verify", "repair", "compact", "backup",
+            "demo")
 LIMIT = 60          # seconds
 LOGKV = [sys.executable, "-m", "logkv"]
 # The same command where what the extra `cli` brings is missing.
@@ -152,7 +153,7 @@ def test_start_is_light(path: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["get STORE k", "delete STORE k", "export STORE", "stats STORE", "verify STORE",
-                                     "compact STORE"])
+                                     "compact STORE", "backup STORE there"])
 def test_no_store(command: str, tmp_path: Path) -> None:
     missing = tmp_path / "missing.db"
     assert fails(*command.replace("STORE", str(missing)).split()) == f"there is no store: {missing}"
@@ -503,6 +504,31 @@ def test_verify(filled: str) -> None:
     assert [found["file"] for found in report["problems"]] == [segment.name]
 
 
+def test_backup(filled: str, tmp_path: Path) -> None:
+    dest = tmp_path / "prices.backup"
+    done = run("backup", filled, dest)
+    assert (done.returncode, done.stderr) == (0, b"")
+    title, head, *rows = done.stdout.decode().splitlines()
+    assert title == f"{dest} holds 10,000 keys" and head.split() == ["segments", "bytes"]
+    assert [row.split()[0] for row in rows] == ["linked", "copied", "kept"]
+    made = json.loads(run("backup", filled, dest, "--json").stdout)
+    assert made["kept"] == int(rows[0].split()[1]) > 1 and made["linked"] == 0 and made["keys"] == 10_000
+    assert json.loads(run("backup", filled, dest, "--copy", "--json").stdout)["copied"] > 1
+    assert run("get", dest, "key/7").stdout == run("get", filled, "key/7").stdout
+
+    before = {file.name: file.read_bytes() for file in dest.iterdir() if file.name != "LOCK"}
+    run("put", filled, "more", "1")
+    segment = sorted(Path(filled).glob("*.seg"))[-1]
+    with segment.open("r+b") as file:
+        file.seek(file.read().index(b"more"))
+        file.write(b"+")
+    assert segment.name in fails("backup", filled, dest, status=1)
+    assert {file.name: file.read_bytes() for file in dest.iterdir() if file.name != "LOCK"} == before
+    assert "inside it" in fails("backup", filled, Path(filled, "below"))
+    run("put", dest, "more", "1")
+    assert "opened for writing" in fails("backup", filled, dest)
+
+
 # -- what is seen ---------------------------------------------------------------------------------------
 
 
@@ -514,6 +540,7 @@ def test_terminal_with_rich(filled: str, tmp_path: Path) -> None:
     assert "\x1b[1" in on_terminal("stats", filled)
     assert "━" in on_terminal("verify", filled)
     assert "━" in on_terminal("compact", filled)
+    assert "━" in on_terminal("backup", filled, tmp_path / "rich.backup")
 
 
 def test_terminal_without_rich(filled: str, tmp_path: Path) -> None:
@@ -522,6 +549,7 @@ def test_terminal_without_rich(filled: str, tmp_path: Path) -> None:
     assert on_terminal("stats", filled, command=BARE) == run("stats", filled).stdout.decode().replace("\n", "\r\n")
     assert "\rverify: " in on_terminal("verify", filled, command=BARE)
     assert "\rcompact: " in on_terminal("compact", filled, command=BARE)
+    assert "\rbackup: " in on_terminal("backup", filled, tmp_path / "plain.backup", command=BARE)
 
 
 def test_everything_works_without_rich(tmp_path: Path) -> None:
@@ -529,7 +557,7 @@ def test_everything_works_without_rich(tmp_path: Path) -> None:
     file.write_text("k,v\na,1\n")
     for arguments in (["put", store, "b", "2"], ["import", store, file, "--key", "k", "--value", "v"], ["stats", store],
                       ["verify", store], ["export", store, tmp_path / "out.jsonl"], ["delete", store, "b"],
-                      ["compact", store]):
+                      ["compact", store], ["backup", store, tmp_path / "store.backup"]):
         done = run(*arguments, command=BARE)
         assert (done.returncode, done.stderr) == (0, b""), arguments
     assert run("get", store, "a", command=BARE).stdout == b"1"

@@ -18,14 +18,14 @@ import pytest
 from test_cli import LIMIT, environment
 
 import logkv
-from logkv import codecs, dbm, shelve, verification
+from logkv import backup, codecs, dbm, shelve, verification
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = [importlib.import_module(module.name) for module in pkgutil.walk_packages(logkv.__path__, "logkv.")
            if not module.name.endswith("__main__")]
 SESSIONS = ("README.md", "docs/getting-started.md", "docs/command-line.md")     # can be typed along
-PUBLIC = {thing for module in (logkv, logkv.errors, codecs, dbm, shelve, verification)
+PUBLIC = {thing for module in (logkv, logkv.errors, backup, codecs, dbm, shelve, verification)
           for name, thing in vars(module).items()
           if not name.startswith("_") and callable(thing) and thing.__module__.startswith("logkv.")
           and (thing.__module__ == module.__name__ or name in getattr(module, "__all__", ()))}

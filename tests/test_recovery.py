@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
+import re
 import shutil
 import signal
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -361,30 +364,43 @@ def test_threads_share_a_sync(path: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert len(db) == 40 and len(calls) < 25
 
 
-def test_a_failed_sync_poisons_the_writer(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def fails(fd: int) -> None:
+    """In place of `files.sync_data`."""
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_failed_sync_poisons_the_writer(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every later write raises, reading goes on; the next writer writes what may be lost again before all else."""
     db = logkv.open(path)
-    db["durable"] = "1"
+    version = db.put("durable", "1")
     db.sync()
     db["later"] = "2"
     db.delete("durable")
     db["more"] = "3" * 5000
-
-    def fails(fd: int) -> None:
-        raise OSError(5, "Input/output error")
-
     monkeypatch.setattr(files, "sync_data", fails)
-    with pytest.raises(logkv.Error, match="a sync failed .Input/output error."):
+    with pytest.raises(logkv.Error, match="a sync failed .Input/output error.") as caught:
         db.sync()
     monkeypatch.undo()
-    for call in (lambda: db.put("x", "y"), lambda: db.delete("later"), lambda: db.sync(), lambda: db.clear()):
-        with pytest.raises(logkv.Error, match="a sync failed"):
-            call()
+    said = caught.value.strerror
+    assert caught.value.errno == errno.EIO and said is not None
+    assert f"(version {version}) is known to be on the device" in said
+    assert f"until {datetime.fromtimestamp(version // 10**9, UTC):%Y-%m-%d %H:%M:%S}." in said
+    assert f"; 3 writes of {32 + 32 + 5032:,} bytes after that (behind offset {64 + 32} of segment 1) may not" in said
+    assert "opened again" in said and db.stats()["poisoned"] == said
+    calls: list[Callable[[], object]] = [
+        lambda: db.put("x", "y"), lambda: db.delete("later"), lambda: db.update({b"later": b"3"}),
+        lambda: db.pop("later"), db.popitem, db.sync, db.clear, db.compact, lambda: db.backup(tmp_path / "backup")]
     expected = {b"later": b"2", b"more": b"3" * 5000}
-    assert dict(db) == expected
     reader = logkv.Reader(path)
-    with pytest.raises(logkv.Error, match="a sync failed"):
+    for call in calls + calls:
+        with pytest.raises(logkv.Error) as caught:
+            call()
+        assert caught.value.args[0] == said
+        assert dict(db) == dict(reader) == expected
+    assert not (tmp_path / "backup").exists()
+    with pytest.raises(logkv.Error) as caught:
         db.close()
+    assert caught.value.args[0] == said and db.closed
     db.close()
     assert dict(reader) == expected
     synced: list[bytes] = []
@@ -402,8 +418,6 @@ def test_a_failed_sync_poisons_the_writer(path: str, monkeypatch: pytest.MonkeyP
 
 def test_one_failed_sync_after_another(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is sealed: what is written again stands in several segments."""
-    def fails(fd: int) -> None:
-        raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(Writing, "_request_sealing", lambda engine: None)
     expected = {b"first": bytes(50_000), b"second": bytes(20_000)}
@@ -458,8 +472,6 @@ def test_nothing_is_prepared_while_a_full_segment_is_not_sealed(path: str, monke
 
 def test_damage_before_several_segments_that_are_not_sealed(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As failed syncs leave them; all of them are looked at for marks of what the device had."""
-    def fails(fd: int) -> None:
-        raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(Writing, "_request_sealing", lambda engine: None)
     db = logkv.open(path, segment_size=65_536)
@@ -490,8 +502,6 @@ def test_a_kill_while_a_failed_sync_is_made_good(path: str, in_child: Callable[[
     db.sync()
     db["later"] = "2"
 
-    def fails(fd: int) -> None:
-        raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "sync_data", fails)
@@ -516,6 +526,72 @@ def test_a_kill_while_a_failed_sync_is_made_good(path: str, in_child: Callable[[
         assert dict(reader) == expected
     with logkv.open(path) as db:
         assert dict(db) == expected
+
+
+def test_what_a_failed_sync_says_of_several_segments(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was synced before; or what was is in a segment that is sealed by now."""
+    db = logkv.open(path, segment_size=SEGMENT)
+    db["only"] = "1"
+    monkeypatch.setattr(files, "sync_data", fails)
+    with pytest.raises(logkv.Error, match="nothing is known to be on the device; 1 write of 32 bytes after that"):
+        db.sync()
+    monkeypatch.undo()
+    with pytest.raises(logkv.Error):
+        db.close()
+    db = logkv.open(path, segment_size=SEGMENT)
+    last = db.put("synced", "1")
+    db.sync()
+    versions = {last: 0} | {db.put(f"{number}", bytes(900)): number + 1 for number in range(150)}
+    monkeypatch.setattr(files, "sync_data", fails)
+    with pytest.raises(logkv.Error, match="a sync failed") as caught:
+        db.sync()
+    monkeypatch.undo()
+    said = re.search(r"version ([0-9]+)\) is known to be on the device; ([0-9]+) writes of ([0-9,]+) bytes",
+                     str(caught.value))
+    assert said is not None
+    assert versions[int(said[1])] + int(said[2]) == 150         # none is counted twice, none forgotten
+    assert int(said[3].replace(",", "")) == sum(-(-(920 + len(f"{number}")) // 8) * 8
+                                                for number in range(150 - int(said[2]), 150))
+    with pytest.raises(logkv.Error):
+        db.close()
+    with logkv.open(path, segment_size=SEGMENT) as db:
+        assert len(db) == 152
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_process_that_dies_after_a_failed_sync(path: str, in_child: RunInChild, monkeypatch: pytest.MonkeyPatch,
+                                                 lost: bool) -> None:
+    """The next one does not trust the cache above the durable mark: it writes all of it anew and syncs that.  What the
+    system has dropped (its pages read as the device has them: zeros) is the log's end."""
+
+    def work(db: logkv.Store) -> None:
+        db["durable"] = "1"
+        db.sync()
+        for number in range(3):
+            db[f"later {number}"] = "2" * 5000
+        files.sync_data = fails
+        with contextlib.suppress(logkv.Error):
+            db.sync()
+
+    killed(path, in_child, work)
+    if lost:
+        os.unlink(os.path.join(path, "index"))
+        with open(segments(path)[0], "r+b") as file:
+            file.seek(2 * 4096)
+            file.write(bytes(4096))
+    synced: list[str] = []
+    real = files.sync_data
+    monkeypatch.setattr(files, "sync_data", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd))[1])
+    with logkv.open(path) as db:
+        expected = {b"durable": b"1"} | {b"later %d" % number: b"2" * 5000 for number in range(1 if lost else 3)}
+        assert dict(db) == expected
+        assert db.stats()["recovery"]["why"] == "a sync had failed"
+        assert any(name.endswith("0000000002.seg") for name in synced)
+        copied = segments(path)[1].read_bytes()
+        assert all(key in copied for key in expected if key != b"durable") and b"durable" not in copied
+        db["new"] = "3"
+    with logkv.open(path) as db:        # once is enough
+        assert dict(db) == expected | {b"new": b"3"} and db.stats()["recovery"]["index"] == "clean"
 
 
 # -- damage -----------------------------------------------------------------------------------------------------
@@ -631,6 +707,17 @@ def test_a_missing_segment(path: str) -> None:
     os.unlink(segments(path)[0])
     with logkv.open(path, "r") as db, pytest.raises(logkv.CorruptionError, match="missing"):
         dict(db)
+
+
+@pytest.mark.parametrize("flag", "rw")
+def test_a_missing_active_segment_and_no_index(path: str, flag: str) -> None:
+    with logkv.open(path) as db:
+        db["a"] = "1"
+    os.unlink(segments(path)[0])
+    os.unlink(os.path.join(path, "index"))
+    with pytest.raises(logkv.CorruptionError, match="missing") as caught:
+        logkv.open(path, flag)
+    assert caught.value.path == str(Path(path, "0000000001.seg"))
 
 
 # -- steps in the background ------------------------------------------------------------------------------------

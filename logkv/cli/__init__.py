@@ -26,6 +26,7 @@ MODULES = {
     "inspect": ("stats", "verify"),
     "repair": ("repair",),
     "compact": ("compact",),
+    "backup": ("backup",),
     "demo": ("demo",),
 }
 
