@@ -34,8 +34,8 @@ bench-compaction: $(VENV)/bench		## disk use, bytes copied and throughput while 
 bench-compare: $(VENV)/bench		## pytest-benchmark against the last saved run; ARGS="--shapes 8+20"
 	$(RUN) -m pytest benchmarks --benchmark-enable --benchmark-only --benchmark-autosave --benchmark-compare $(ARGS)
 
-proof: $(VENV)/tools			## crash states, kills, flipped bits, stress: SECONDS=60 each
-	$(RUN) -m tests.proof --seconds $(SECONDS)
+proof: $(VENV)/tools			## every check of durability within MINUTES=10 on two cores, as one table
+	$(RUN) -m tests.proof --minutes $(MINUTES) $(ARGS)
 
 soak: $(VENV)/tools			## a store beside a dict through merges, kills and power cuts: SECONDS=60
 	$(RUN) -m tests.proof.soak --seconds $(SECONDS)

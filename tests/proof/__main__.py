@@ -1,74 +1,252 @@
-"""All harnesses, one after the other: power cuts, kills, flipped bits, one writer with four readers.
+"""All checks within a budget, two at a time: what was tried, how much of it, and what was wrong.
 
-    python -m tests.proof --seconds 60 [--json]
+    python -m tests.proof --minutes 10 [--only CHECK] [--json]
+
+Each check gets its share of the budget, in parts that are processes of their own; what these counted is added up.  The
+status is 1 if a promise was broken or a planted bug was not seen.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import random
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from tests.proof import crash, flips, kill, stress
+from logkv.cli.terminal import Update, counted, emit, progress, table
+from tests.proof import backups, crash, failures, flips, fuzz, kill, planted, repairs, soak
 from tests.proof.common import scratch, verdict
+
+LANES = 2               # parts at a time: the cores that the figures are meant for
+GRACE = 120             # seconds that a part may take beyond its own, to build something or to end what it does
+ENOUGH = sys.maxsize    # cases: the time ends a part
+
+
+class Part(NamedTuple):
+    """What one process does of a check: part `number` of `count`."""
+
+    check: str
+    seconds: float
+    number: int
+    count: int
+    seed: int
 
 
 class Result(NamedTuple):
-    """What a check counted, and what was wrong."""
+    """What was counted, under the names of ROWS, and what was wrong."""
 
-    counted: dict[str, int]
+    counts: dict[str, int]
     violations: list[str]
 
 
-def check_crash(directory: str, seconds: float) -> Result:
-    whole = crash.Report("all")
-    for report in crash.run(sys.maxsize, seconds):
+# -- the checks -------------------------------------------------------------------------------------------------
+
+
+def power_cuts(part: Part, directory: str) -> Result:
+    whole = crash.Report()
+    for report in crash.run(ENOUGH, part.seconds, part.seed * part.count + part.number, step=part.count):
         whole.add(report)
-    return Result({"distinct power-cut states": whole.distinct, "of them from recoveries": whole.from_recovery},
-                  whole.violations)
+    return Result({"states": whole.distinct, "states in work": whole.from_recovery + whole.from_compaction,
+                   "deaths": whole.killed}, whole.violations)
 
 
-def check_kill(directory: str, seconds: float) -> Result:
-    tally = kill.run(directory, sys.maxsize, seconds)
-    return Result({"kill -9 cycles": tally.killed}, tally.violations)
+def kills(part: Part, directory: str) -> Result:
+    tally = kill.run(directory, ENOUGH, part.seconds, part.seed * part.count + part.number + 1)
+    return Result({"kills": tally.killed}, tally.violations)
 
 
-def check_flips(directory: str, seconds: float) -> Result:
-    result = flips.run(directory, sys.maxsize, seconds)
-    return Result({"flipped bits": result.flips, "other damages": result.others}, result.violations)
+def failing(what: str) -> Callable[[Part, str], Result]:
+    def run(part: Part, directory: str) -> Result:
+        tally = failures.run(part.seconds, part.seed + 1, share=(part.number, part.count), what=what)
+        return Result({what: sum(tally.counted.values()), f"{what} incomplete": not tally.complete}, tally.violations)
+    return run
 
 
-def check_stress(directory: str, seconds: float) -> Result:
-    figures = stress.run(os.path.join(directory, "stress.db"), seconds)
-    return Result({"writes": figures.writes, "reads": figures.reads}, figures.violations)
+def flipped_bits(part: Part, directory: str) -> Result:
+    result = flips.run(directory, ENOUGH, part.seconds, part.seed + 1, (part.number, part.count))
+    return Result({"flips": result.flips, "damages": result.others}, result.violations)
 
 
-CHECKS: dict[str, Callable[[str, float], Result]] = {
-    "crash": check_crash, "kill": check_kill, "flips": check_flips, "stress": check_stress,
+def fuzzing(part: Part, directory: str) -> Result:
+    """First `scan`, for most of the time."""
+    result = Result({"executions": 0, "other executions": 0, "without sanitizers": 0}, [])
+    others = [name for name in fuzz.NAMES if name != "scan"]
+    for target, share in [("scan", 0.7), *((name, 0.3 / len(others)) for name in others)]:
+        done = fuzz.run(directory, part.seconds * share, part.seed + 1, target)
+        result.counts["executions" if target == "scan" else "other executions"] += done.executions
+        result.counts["without sanitizers"] += 0 if done.sanitized else done.executions
+        result.violations.extend(done.findings)
+    return result
+
+
+def steps(part: Part, directory: str) -> Result:
+    result = soak.run(ENOUGH, part.seconds, part.seed * part.count + part.number + 1)
+    return Result({"steps": result.steps, "crashes": result.counted["kills"] + result.counted["power cuts"]}, result.violations)
+
+
+def repaired(part: Part, directory: str) -> Result:
+    result = repairs.run(part.seconds, seed=part.seed * part.count + part.number + 1)
+    return Result({"repairs": result.damages, "repair states": result.cuts}, result.violations)
+
+
+def backed_up(part: Part, directory: str) -> Result:
+    report = backups.run(part.seconds, random.Random(f"{part.seed} {part.number}").getrandbits(48))
+    return Result({"backup states": report.distinct}, report.violations)
+
+
+def planted_bugs(part: Part, directory: str) -> Result:
+    """All of them, however long that takes."""
+    seen, there, unseen = planted.run()
+    return Result({"seen": seen, "planted": there}, unseen)
+
+
+class Check(NamedTuple):
+    """A harness, in how many parts it runs, and its share of the budget."""
+
+    run: Callable[[Part, str], Result]
+    parts: int
+    share: float
+
+
+CHECKS = {
+    "crash": Check(power_cuts, 2, 42), "kill": Check(kills, 2, 14), "calls": Check(failing("calls"), 2, 12),
+    "allocations": Check(failing("allocations"), 2, 9), "flips": Check(flipped_bits, 2, 16), "fuzz": Check(fuzzing, 1, 9),
+    "machine": Check(steps, 2, 6), "repair": Check(repaired, 1, 2), "backup": Check(backed_up, 1, 2),
+    "planted": Check(planted_bugs, 1, 3),
 }
+
+# The lines of the table: name of a count, what it is, what ten minutes on two cores are to give, whose violations it shows.
+ROWS = (
+    ("states", "distinct power-cut states recovered and compared", "500,000", "crash"),
+    ("states in work", "- of these, from crashes during recovery and compaction", "50,000", ""),
+    ("deaths", "- beside them: states that the death of the process left", "", ""),
+    ("kills", "kill -9 cycles compared with the oracle, readers attached", "10,000", "kill"),
+    ("calls", "injected failures of system calls", "20,000", "calls"),
+    ("allocations", "injected failures of allocations", "every k", "allocations"),
+    ("flips", "flipped bits", "200,000", "flips"),
+    ("damages", "- other damage: cut short, overwritten, zeroed", "", ""),
+    ("executions", "fuzz executions of parser and scan", "5,000,000", "fuzz"),
+    ("other executions", "- of MANIFEST, open, repair, import", "", ""),
+    ("steps", "state-machine steps", "50,000", "machine"),
+    ("crashes", "- of these, kills and power cuts", "", ""),
+    ("repairs", "damaged stores repaired", "", "repair"),
+    ("repair states", "- distinct states of a power cut during a repair", "", ""),
+    ("backup states", "distinct states of a power cut during a backup", "", "backup"),
+    ("seen", "planted bugs seen", "all", "planted"),
+)
+
+
+# -- running them -----------------------------------------------------------------------------------------------
+
+
+def parts_of(minutes: float, names: Sequence[str], seed: int) -> list[Part]:
+    """The longest first, so that the lanes end at about the same time."""
+    unit = minutes * 60 * LANES / sum(CHECKS[name].share for name in names)
+    parts = [Part(name, CHECKS[name].share * unit / CHECKS[name].parts, number, CHECKS[name].parts, seed)
+             for name in names for number in range(CHECKS[name].parts)]
+    return sorted(parts, key=lambda part: -part.seconds)
+
+
+class Running:
+    """A part in a process of its own, which says its result as JSON."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self._began = time.monotonic()
+        self._output = tempfile.TemporaryFile()
+        self._process = subprocess.Popen([sys.executable, "-m", "tests.proof", "--part", json.dumps(part)],
+                                         stdout=self._output)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    def result(self) -> Result | None:
+        """None as long as it runs."""
+        if self._process.poll() is None:
+            if self.seconds < self.part.seconds + GRACE:
+                return None
+            self.end()
+            return Result({}, [f"it did not end within {self.seconds:.0f} s"])
+        self._output.seek(0)
+        text = self._output.read().decode()
+        self.end()
+        return Result({}, [f"it ended with {self._process.returncode}: {text}"]) if self._process.returncode else \
+            Result(*json.loads(text))
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._output.close()
+
+
+def run_all(parts: Sequence[Part], update: Update) -> Iterator[tuple[Part, Result, float]]:
+    """All parts, LANES at a time: each with its result and the seconds it took, as soon as it has ended."""
+    waiting, running, done = list(parts), list[Running](), 0.0
+    try:
+        while waiting or running:
+            while waiting and len(running) < LANES:
+                running.append(Running(waiting.pop(0)))
+            time.sleep(0.1)
+            for one in list(running):
+                if (result := one.result()) is not None:
+                    running.remove(one)
+                    done += one.part.seconds
+                    yield one.part, result, one.seconds
+            update(int(done + sum(min(one.seconds, one.part.seconds) for one in running)))
+    finally:
+        for one in running:
+            one.end()
+
+
+def found(name: str, counts: Counter[str]) -> str:
+    """A count as it stands in the table."""
+    text = f"{counts[name]:,}"
+    if name == "seen":
+        text += f" of {counts['planted']:,}"
+    if name in ("calls", "allocations"):
+        text += ", not all" if counts[f"{name} incomplete"] else ", every one"
+    if name == "executions" and counts["without sanitizers"]:
+        text += " (without sanitizers: none are installed)"
+    return text
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.proof", description="Everything that could go wrong, tried.")
-    parser.add_argument("--seconds", type=float, default=60, help="for each check")
+    parser.add_argument("--minutes", type=float, default=10, help="for all of it, on two cores (%(default)s)")
+    parser.add_argument("--only", choices=CHECKS, action="append", help="a check to run; may be repeated")
+    parser.add_argument("--seed", type=int, default=0, help="others try other cases")
     parser.add_argument("--json", action="store_true", help="the figures as JSON")
-    options = parser.parse_args()
-    results: dict[str, Result] = {}
-    if not options.json:
-        print(f"{'check':<8}{'counted':<74}{'violations':>10}", flush=True)
-    for name, check in CHECKS.items():
+    parser.add_argument("--part", type=json.loads, help=argparse.SUPPRESS)
+    wanted = parser.parse_args()
+    if wanted.part:
+        part = Part(*wanted.part)
         with tempfile.TemporaryDirectory(dir=scratch()) as directory:
-            counted, violations = results[name] = check(directory, options.seconds)
-        if not options.json:
-            what = ", ".join(f"{number:,} {thing}" for thing, number in counted.items())
-            print(f"{name:<8}{what:<74}{len(violations):>10,}", flush=True)
-    if options.json:
-        print(json.dumps({name: result._asdict() for name, result in results.items()}, indent=2))
-    return verdict([f"{name}: {violation}" for name, result in results.items() for violation in result.violations])
+            emit(CHECKS[part.check].run(part, directory))
+        return 0
+    names = wanted.only or list(CHECKS)
+    parts = parts_of(wanted.minutes, names, wanted.seed)
+    counts, violations, seconds = Counter[str](), {name: list[str]() for name in names}, Counter[str]()
+    with progress("proof", int(sum(part.seconds for part in parts)), unit="core seconds") as update:
+        for part, result, took in run_all(parts, update):
+            counts.update(result.counts)
+            violations[part.check] += result.violations
+            seconds[part.check] += took
+    if wanted.json:
+        emit({"counts": counts, "seconds": seconds, "violations": violations})
+    else:
+        rows = [(what, found(name, counts), wish, f"{seconds[check]:.0f}" if check else "",
+                 f"{len(violations[check]):,}" if check else "")
+                for name, what, wish, check in ROWS if name in counts and (not check or check in names)]
+        table(["what", "how many", "in 10 minutes at least", "core seconds", "violations"], rows,
+              title=f"LogKV, {counted(round(wanted.minutes), 'minute')} on {LANES} cores")
+    return verdict([f"{name}: {violation}" for name in names for violation in violations[name]])
 
 
 if __name__ == "__main__":
