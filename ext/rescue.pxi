@@ -125,7 +125,8 @@ cdef class Losses:
     def begin(self) -> None:
         """All are noted: of each key, only the newest counts."""
         cdef size_t i, kept = 0
-        qsort(self.gone, self.count, sizeof(Gone), compare_hashes)
+        if self.count:
+            qsort(self.gone, self.count, sizeof(Gone), compare_hashes)
         for i in range(self.count):
             if i + 1 == self.count or self.gone[i].hash != self.gone[i + 1].hash:
                 self.gone[kept] = self.gone[i]
@@ -183,7 +184,8 @@ cdef class Losses:
                 self.gone[kept] = self.gone[i]
                 kept += 1
         self.count = kept
-        qsort(self.gone, self.count, sizeof(Gone), compare_positions)
+        if self.count:
+            qsort(self.gone, self.count, sizeof(Gone), compare_positions)
 
     cdef size_t first_from(self, uint64_t place, uint64_t offset) noexcept nogil:
         cdef size_t low = 0, high = self.count, middle
@@ -291,7 +293,8 @@ cdef class Rescue:
 
     cdef void sort(self) noexcept nogil:
         cdef size_t i, kept = 0
-        qsort(self.pieces, self.count, sizeof(Piece), compare_pieces)
+        if self.count:
+            qsort(self.pieces, self.count, sizeof(Piece), compare_pieces)
         for i in range(self.count):
             if i + 1 == self.count or compare_piece_keys(&self.pieces[i], &self.pieces[i + 1]):
                 self.pieces[kept] = self.pieces[i]

@@ -61,7 +61,7 @@ class Manifest:
     codec: str | None = None            # what the values are encoded with; None: they are bytes
     cut_bytes: int = 0                  # of torn tails, over the store's life
     moves: int = 0                      # how often locations were given out anew, or segments replaced by a repair
-    text: bytes = b""                   # the file that this was read from
+    text: bytes = field(default=b"", compare=False, repr=False)     # the file that this was read from
     backup: bool = False                # a backup made this, and nobody has changed the store since
 
     @classmethod

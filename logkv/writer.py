@@ -17,7 +17,7 @@ from typing import Any
 from logkv import _core, files, manifest
 from logkv.compaction import Compactor
 from logkv.engine import Engine, Progress
-from logkv.errors import ClosedError, Error, ReadOnlyError
+from logkv.errors import ClosedError, CorruptionError, Error, ReadOnlyError
 from logkv.manifest import Manifest, Segment
 from logkv.opening import LARGEST_STEP, START, Opening, Options, file_step
 from logkv.worker import Worker
@@ -223,7 +223,10 @@ class Writing(Opening):
                 end = segment.end
                 if end is None:
                     link = _core.read_link(self.log, following.chunk)
-                    assert link is not None and link[0] == segment.number
+                    if link is None or link[0] != segment.number:
+                        raise CorruptionError("the first record is damaged", path=self.path_of(following.name),
+                                              segment=following.number, offset=START,
+                                              expected=f"what continues segment {segment.number}", found=str(link))
                     end = link[1]
                 dead = segment is self.manifest.segments[0] and self.compactor.is_dead(segment)
             if dead:

@@ -177,7 +177,10 @@ def change_manifest(data: bytes, rng: random.Random) -> bytes:
         case 2:
             return manifest_bytes(rng.choice([b"[" * 100_000, b'{"a":' * 50_000, b"9" * 5000, b"1e999999", b"null", b'"\\ud800"',
                                               b"\xff\xfe", b"", change_bytes(body, rng)]))
-    fields = json.loads(body)
+    try:
+        fields = json.loads(body)
+    except ValueError:              # it was changed before
+        return change_bytes(data, rng)
     for _ in range(rng.choice((1, 1, 2, 3))):
         fields = change_json(fields, rng)
     return manifest_bytes(json.dumps(fields).encode())
