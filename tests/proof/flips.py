@@ -218,7 +218,8 @@ def states_allowed(original: Original, damage: Damage, way: str) -> list[dict[by
     lost = 0
     for name in original.unsealed[original.unsealed.index(damage.name):]:
         for kind, start, stop in records(original.files[name]):
-            if name == damage.name and stop <= damage.start:
+            padding = -stop % 8 if damage.kind == "cut short" else 0       # which is part of a file
+            if name == damage.name and stop + padding <= damage.start:
                 continue
             if kind == SYNC_MARK and (name != damage.name or start >= damage.stop):
                 return whole
