@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 SOURCES := $(wildcard ext/*) setup.py pyproject.toml
 SECONDS ?= 60
 KIND ?= thread
-MINUTES ?= 1
+MINUTES ?= 10
 TARGET ?= scan
 
 .PHONY: demo test bench bench-growth bench-compaction bench-compare proof soak fuzz market docs freethreaded sanitize annotate \

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.proof import stress
-from tests.proof.kill import Violation, scratch
+from tests.proof.common import Violation, scratch
 
 
 def test_stress() -> None:
