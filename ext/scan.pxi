@@ -314,10 +314,11 @@ def first_nonzero(Log log, uint64_t chunk, uint64_t start, uint64_t stop) -> tup
     if populate(segment.base + start, stop - start, False):
         raise_unreadable(log, chunk, start)
     with nogil:
-        while first + 8 <= stop and (<uint64_t *> (segment.base + first))[0] == 0:
-            first += 8
         while first < stop and segment.base[first] == 0:
-            first += 1
+            if first & 7 == 0 and first + 8 <= stop and (<uint64_t *> (segment.base + first))[0] == 0:
+                first += 8
+            else:
+                first += 1
         last = stop
         while last & 7 == 0 and last >= first + 8 and (<uint64_t *> (segment.base + last - 8))[0] == 0:
             last -= 8

@@ -48,8 +48,8 @@ class Backup:
 
 
 def back_up(source: files.Directory, path: str, *, links: bool = True, progress: Progress | None = None) -> Backup:
-    """Backs the store in a directory, which is closed then, up to `path`; see `Store.backup`."""
-    with closing(source):
+    """Backs the store in a directory up to `path`; see `Store.backup`."""
+    with files.full_disk_is_an_error(path, "back the store up"), closing(source.again()) as source:
         if _leads_into(path, source.identity()):
             raise ValueError(f"{path} is the store itself, or inside it: a backup goes elsewhere")
         found = manifest.read(source)
@@ -86,6 +86,7 @@ class _Copying:
 
     def __init__(self, source: files.Directory, target: files.Directory, identity: int, links: bool,
                  progress: Progress) -> None:
+        self._open: list[int] = []              # descriptors
         self.source = source
         self.target = target
         self.identity = identity
@@ -124,9 +125,27 @@ class _Copying:
                 self._undo()
                 raise
         finally:
-            for fd in self._fds.values():
+            try:
+                self._close_files()
+            finally:
+                files.unlock(lock)
+
+    def _close_files(self) -> None:
+        """Without an allocation."""
+        at = len(self._open)
+        while at:
+            at -= 1
+            fd = self._open[at]
+            self._open[at] = -1
+            if fd >= 0:
                 os.close(fd)
-            files.unlock(lock)
+
+    def __del__(self) -> None:
+        """What could not be closed before, for lack of memory."""
+        try:
+            self._close_files()
+        except AttributeError:                  # it was hardly begun
+            pass
 
     # -- the directory ------------------------------------------------------------------------------------
 
@@ -223,7 +242,9 @@ class _Copying:
             if self._is_there(segment, current):
                 self._kept.add(number)
                 return True
-            fd = self._fds[number] = self.source.open(segment.name)
+            self._open.append(-1)               # no memory is needed to know it once it is open
+            self._open[-1] = self.source.open(segment.name)
+            self._fds[number] = self._open[-1]
         except FileNotFoundError:
             return False
         except OSError as problem:
@@ -234,7 +255,7 @@ class _Copying:
         if self.links and segment.sealed and self._is_free(segment) and self.target.link(self.source, segment.name):
             self._linked.add(number)
             del self._fds[number]
-            os.close(fd)
+            os.close(self._open.pop())
         return True
 
     def _is_free(self, segment: Segment) -> bool:

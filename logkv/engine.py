@@ -138,6 +138,8 @@ class Engine:
         try:
             fd = self.directory.open(files.INDEX, writable=self.writable)
         except OSError as problem:
+            if problem.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise Error(problem.errno, f"cannot open the index: {problem.strerror}", self.path_of(files.INDEX)) from None
             return f"the index cannot be opened: {problem.strerror}"
         try:
             return _core.attach_index(self.log, fd, os.fstat(fd).st_size, self.manifest.epoch, nonce, clean)

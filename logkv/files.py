@@ -141,10 +141,11 @@ class Directory:
             return 0, 0
         return status.st_size, status.st_blocks * 512
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, most: int = 1 << 62) -> bytes:
+        """A file's bytes, or the first `most`."""
         fd = self.open(name)
         try:
-            return read_at(fd, os.fstat(fd).st_size, 0)
+            return read_at(fd, min(os.fstat(fd).st_size, most), 0)
         finally:
             close(fd)
 

@@ -24,8 +24,10 @@ from logkv.writer import Writing, writers
 
 LISTED = 1000                   # keys of one range
 PIECES = 64                     # damaged ranges of a segment that get a file each; more are set aside as one
+SALVAGED = 64 << 20             # bytes of a damaged MANIFEST that are looked at, and set aside
 REPORT = "repair.txt"
 VALUE = _core.SCAN_REASONS[5]   # a record is whole but for its value: its key is known
+UNREADABLE = "input/output error"
 
 
 @dataclass(slots=True)
@@ -264,7 +266,7 @@ class _Repair:
                 why = f"was not that of the log: {contradiction}" if contradiction else ""
         except CorruptionError:
             why = "was damaged"
-            damaged = self.directory.read(files.MANIFEST)
+            damaged = self.directory.read(files.MANIFEST, SALVAGED)
         if found is not None and not why:
             self.current, self.instance = found
             return
@@ -452,9 +454,26 @@ class _Repair:
         """Where the next record may stand, behind a damaged one."""
         if reason == VALUE:
             return _core.value_end(self.log, state.segment.chunk, at)
-        return _core.next_whole(self.log, state.segment.chunk, at if reason == "input/output error" else at + 8, stop)
+        return _core.next_whole(self.log, state.segment.chunk, at if reason == UNREADABLE else at + 8, stop)
+
+    def _confirm_unreadable(self, segment: Segment, start: int, stop: int) -> None:
+        """What the device cannot read is lost; what it could not read a moment ago, and now can, is not."""
+        fd = self.directory.open(segment.name)
+        try:
+            for at in range(start, stop, files.PART):
+                files.read_at(fd, min(files.PART, stop - at), at)
+        except OSError as problem:
+            if problem.errno == errno.EIO:
+                return
+            raise
+        finally:
+            files.close(fd)
+        raise Error(errno.EIO, f"the device could not read bytes {start} to {stop} of {segment.name} a moment ago, and now it can: "
+                    "nothing was changed, repair it again", self.directory.path)
 
     def _note(self, state: _State, start: int, stop: int, reason: str, version: int) -> None:
+        if reason == UNREADABLE:
+            self._confirm_unreadable(state.segment, start, min(stop, state.size))
         known = state.footer or reason == VALUE
         if state.damage and state.damage[-1].stop == start and state.damage[-1].known == known and state.footer:
             state.damage[-1].stop = stop
@@ -613,8 +632,8 @@ class _Repair:
         output.sealed = output.merged = True
         output.end, output.records = rescue.size, len(rescue)
         self.directory.unlink(output.name)
-        fd = self.directory.open(output.name, writable=True, create=True, exclusive=True)
         self.created.append(output.name)
+        fd = self.directory.open(output.name, writable=True, create=True, exclusive=True)
         try:
             end = 0
             for part in self._parts(rescue, output, state):
@@ -646,8 +665,8 @@ class _Repair:
         segment = new.add_segment(capacity)
         records = _core.encode_link(number, end, new.last_version, segment.salt) if number else b""
         self.directory.unlink(segment.name)
-        fd = self.directory.open(segment.name, writable=True, create=True, exclusive=True)
         self.created.append(segment.name)
+        fd = self.directory.open(segment.name, writable=True, create=True, exclusive=True)
         try:
             files.allocate(fd, file_step(0, capacity, START + len(records)))
             header = _core.encode_segment_header(segment.number, new.identity, new.seed, segment.salt)

@@ -95,9 +95,11 @@ def _shared(directory: files.Directory, writable: bool, make: Callable[[], Engin
             _engines[key] = held
         return held, True
     except BaseException:
-        directory.close()
-        if held is not None:
-            _release(held)
+        try:
+            if held is not None:
+                _release(held)          # which may need its directory, and that may be this one
+        finally:
+            directory.close()
         raise
     finally:
         if busy is not None:
@@ -340,7 +342,7 @@ class _Handle(_core.ReadHandle[V]):
         engine = self._open_engine()
         if engine.writable and engine.log.poisoned:
             raise Error(engine.log.poisoned)
-        return back_up(engine.directory.again(), os.fsdecode(dest), links=links, progress=progress)
+        return back_up(engine.directory, os.fsdecode(dest), links=links, progress=progress)
 
 
 class _Reading(_Handle[V]):

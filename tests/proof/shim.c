@@ -17,7 +17,7 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
-enum { ON, CALL, NUMBER, ERROR, EVER, PART, HITS, OWNER, ANONYMOUS, OPEN, FIRST_COUNT = 16, WORDS = 64 };
+enum { ON, CALL, NUMBER, ERROR, EVER, PART, HITS, OWNER, MAPPED, OPEN, FIRST_COUNT = 16, WORDS = 64 };
 enum {
     C_OPEN, C_READ, C_WRITE, C_SYNC, C_ALLOCATE, C_TRUNCATE, C_RENAME, C_UNLINK, C_MKDIR, C_LINK, C_STAT, C_LOCK, C_UNLOCK,
     C_DUP, C_MMAP, C_POPULATE, C_STATFS, C_LIST, C_CLOSE, C_PUNCH, C_THREAD, C_MEMORY
@@ -28,7 +28,7 @@ static const char BOOT[] = "/proc/sys/kernel/random/boot_id";
 
 enum { MANY = 4096 };
 static char watched[MANY];      /* descriptors */
-static void *anonymous[MANY];   /* memory that the extension module has mapped */
+static void *mapped[MANY];      /* watched files, and memory that the extension module has mapped */
 
 /* 1: this call fails, and errno says how.  2: it does a part of its work. */
 static int due(int call) {
@@ -222,25 +222,25 @@ static int is_extension(void *place) {
 
 void *mmap64(void *address, size_t size, int protection, int flags, int fd, off64_t offset) {
     REAL(mmap64);
-    int i = 0;
-    if (!(flags & MAP_ANONYMOUS))
-        return is_watched(fd) && due(C_MMAP) ? MAP_FAILED : real(address, size, protection, flags, fd, offset);
-    if (due(C_MEMORY)) return MAP_FAILED;
+    int i = 0, is_file = !(flags & MAP_ANONYMOUS);
+    /* Memory counts where the extension asks for it; the chunks of the interpreter's own stack do not. */
+    int counts = is_file ? is_watched(fd) : is_extension(__builtin_return_address(0));
+    if (counts && due(is_file ? C_MMAP : C_MEMORY)) return MAP_FAILED;
     address = real(address, size, protection, flags, fd, offset);
-    if (address != MAP_FAILED && is_extension(__builtin_return_address(0))) {
-        while (anonymous[i]) i++;
-        anonymous[i] = address;
-        shim_words[ANONYMOUS]++;
+    if (address != MAP_FAILED && counts) {
+        while (mapped[i]) i++;
+        mapped[i] = address;
+        shim_words[MAPPED]++;
     }
     return address;
 }
 
 int munmap(void *address, size_t size) {
     REAL(munmap);
-    for (int i = 0; shim_words[ANONYMOUS] && i < MANY; i++)
-        if (anonymous[i] == address) {
-            anonymous[i] = NULL;
-            shim_words[ANONYMOUS]--;
+    for (int i = 0; shim_words[MAPPED] && i < MANY; i++)
+        if (mapped[i] == address) {
+            mapped[i] = NULL;
+            shim_words[MAPPED]--;
             break;
         }
     return real(address, size);
