@@ -131,6 +131,8 @@ def build_footer(Log log, uint64_t chunk, uint64_t end, tuple merged=None) -> tu
                     room *= 2
                     spare = <Sorted *> realloc(items, room * sizeof(Sorted))
                     if spare == NULL:
+                        free(items)
+                        items = NULL
                         break
                     items, spare = spare, NULL
                 items[n].unit = <uint32_t> (offset >> LOCATION_UNIT_SHIFT)

@@ -376,6 +376,17 @@ def _page_or_zeros(fd: int, offset: int, size: int) -> bytes:
         return bytes(size)
 
 
+def data_end(fd: int) -> int:
+    """Behind the last byte of a file that takes room on the device: what comes after it are zeros that nobody wrote."""
+    end = at = 0
+    try:
+        while True:
+            at = os.lseek(fd, at, os.SEEK_DATA)
+            end = at = os.lseek(fd, at, os.SEEK_HOLE)
+    except OSError as problem:
+        return end if problem.errno == errno.ENXIO else os.fstat(fd).st_size
+
+
 # -- the writer's lock ------------------------------------------------------------------------------------------
 #
 # Byte 0 of LOCK is the lock.  Who waits for it locks the byte whose number is the time at which it began to wait, and

@@ -94,11 +94,14 @@ def read(directory: files.Directory, found: Sequence[Found]) -> None:
                 continue
             fd = directory.open(segment.name)
             try:
-                log.map_segment(fd, segment.number, chunk, segment.size, segment.size, segment.salt)
+                size = min(segment.size, files.data_end(fd))        # it may be long, and have nothing in it
+                if size <= START:
+                    continue
+                log.map_segment(fd, segment.number, chunk, size, size, segment.salt)
             finally:
                 files.close(fd)
             _read(log, chunk, segment)
-            chunk += -(-segment.size // _core.CHUNK)
+            chunk += -(-size // _core.CHUNK)
     finally:
         log.close()
 

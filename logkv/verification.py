@@ -210,14 +210,17 @@ class _Verification:
             done, total = 0, sum(sizes)
             for at, (segment, size) in enumerate(zip(segments, sizes, strict=True)):
                 self.progress(done, total)
-                if size > START and (segment.sealed or not active or segment.number <= active):    # a successor has no record yet
+                if size and (segment.sealed or not active or segment.number <= active):     # a successor has no record yet
                     stop = segment.end
                     if stop is None and segment.number == active:
                         stop = end
                     elif stop is None and at + 1 < len(sizes) and sizes[at + 1] > START:
                         link = _core.read_link(self.log, segments[at + 1].chunk)
                         stop = link[1] if link is not None and link[0] == segment.number else None
-                    self._check_segment(segment, stop)
+                    if size > START:
+                        self._check_segment(segment, stop)
+                    elif stop is not None and stop > START:
+                        self._found("the file is cut short", segment, size, f"records up to offset {stop}", "nothing")
                 done += size
                 self.report.segments += 1
                 self.report.bytes += size

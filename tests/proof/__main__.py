@@ -115,8 +115,8 @@ class Check(NamedTuple):
 
 
 CHECKS = {
-    "crash": Check(power_cuts, 2, 480), "kill": Check(kills, 2, 136), "calls": Check(failing("calls"), 2, 140),
-    "allocations": Check(failing("allocations"), 2, 120), "flips": Check(flipped_bits, 2, 186), "fuzz": Check(fuzzing, 1, 80),
+    "crash": Check(power_cuts, 2, 505), "kill": Check(kills, 2, 150), "calls": Check(failing("calls"), 2, 140),
+    "allocations": Check(failing("allocations"), 2, 138), "flips": Check(flipped_bits, 2, 130), "fuzz": Check(fuzzing, 1, 80),
     "machine": Check(steps, 2, 28), "repair": Check(repaired, 1, 11), "backup": Check(backed_up, 1, 11),
     "planted": Check(planted_bugs, 1, 8),
 }
