@@ -13,6 +13,7 @@ from logkv.errors import CorruptionError
 from logkv.manifest import Manifest, Segment
 
 START = _core.SEGMENT_HEADER
+UNREADABLE = "input/output error"       # a scan ended at what the device does not give; as in `_core.SCAN_REASONS`
 UNKNOWN = 1 << 62               # the end of a segment that only a scan can find
 
 # What a damaged MANIFEST still tells: identity and seed, each segment's number and
@@ -120,7 +121,7 @@ def _read(log: _core.Log, chunk: int, segment: Found) -> None:
         if reason == "footer":
             segment.end, segment.footer = at, True
             break
-        resume = _core.next_whole(log, chunk, at if reason == "input/output error" else at + 8, UNKNOWN)
+        resume = _core.next_whole(log, chunk, at if reason == UNREADABLE else at + 8, UNKNOWN)
         if resume is None:
             rest = _core.first_nonzero(log, chunk, at, UNKNOWN)
             segment.reach = rest[1] if rest is not None else segment.end

@@ -16,7 +16,7 @@ from functools import partial
 from logkv import _core, files, inventory, manifest, recovery
 from logkv.engine import Engine, Progress, no_store
 from logkv.errors import CorruptionError, Error, LockedError
-from logkv.inventory import START, UNKNOWN
+from logkv.inventory import START, UNKNOWN, UNREADABLE
 from logkv.manifest import Instance, Manifest, Segment
 from logkv.opening import Options, file_step
 from logkv.verification import Report, verify_directory
@@ -27,7 +27,6 @@ PIECES = 64                     # damaged ranges of a segment that get a file ea
 SALVAGED = 64 << 20             # bytes of a damaged MANIFEST that are looked at, and set aside
 REPORT = "repair.txt"
 VALUE = _core.SCAN_REASONS[5]   # a record is whole but for its value: its key is known
-UNREADABLE = "input/output error"
 
 
 @dataclass(slots=True)
@@ -433,7 +432,7 @@ class _Repair:
             end = at if records else end
             if reason == "footer":
                 return at
-            resume = _core.next_whole(self.log, segment.chunk, at if reason == "input/output error" else at + 8, UNKNOWN)
+            resume = _core.next_whole(self.log, segment.chunk, at if reason == UNREADABLE else at + 8, UNKNOWN)
             if resume is None:
                 return end
             at = resume

@@ -369,6 +369,16 @@ def fails(fd: int) -> None:
     raise OSError(errno.EIO, "Input/output error")
 
 
+def close_after_a_failed_sync(db: logkv.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both raise."""
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sync_data", fails)
+        with pytest.raises(logkv.Error, match="a sync failed"):
+            db.sync()
+    with pytest.raises(logkv.Error, match="a sync failed"):
+        db.close()
+
+
 def test_a_failed_sync_poisons_the_writer(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every later write raises, reading goes on; the next writer writes what may be lost again before all else."""
     db = logkv.open(path)
@@ -426,12 +436,7 @@ def test_one_failed_sync_after_another(path: str, monkeypatch: pytest.MonkeyPatc
     db.sync()                           # as far as into the second segment
     for turn in range(3):
         db["last"] = expected[b"last"] = b"%d" % turn
-        with monkeypatch.context() as patch:
-            patch.setattr(files, "sync_data", fails)
-            with pytest.raises(logkv.Error, match="a sync failed"):
-                db.sync()
-        with pytest.raises(logkv.Error, match="a sync failed"):
-            db.close()
+        close_after_a_failed_sync(db, monkeypatch)
         db = logkv.open(path, segment_size=65_536)
         assert dict(db) == expected
     db.close()
@@ -478,12 +483,7 @@ def test_damage_before_several_segments_that_are_not_sealed(path: str, monkeypat
     db.update({b"first": bytes(50_000), b"second": bytes(20_000)})
     db.sync()
     db["last"] = "1"
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "sync_data", fails)
-        with pytest.raises(logkv.Error, match="a sync failed"):
-            db.sync()
-    with pytest.raises(logkv.Error, match="a sync failed"):
-        db.close()
+    close_after_a_failed_sync(db, monkeypatch)
     logkv.open(path, segment_size=65_536).close()
     for file in segments(path)[:2]:
         file.write_bytes(file.read_bytes()[:64].ljust(65_536, b"\0"))
@@ -502,13 +502,7 @@ def test_a_kill_while_a_failed_sync_is_made_good(path: str, in_child: Callable[[
     db.sync()
     db["later"] = "2"
 
-
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "sync_data", fails)
-        with pytest.raises(logkv.Error, match="a sync failed"):
-            db.sync()
-    with pytest.raises(logkv.Error, match="a sync failed"):
-        db.close()
+    close_after_a_failed_sync(db, monkeypatch)
     write = Opening.write_manifest
 
     def die(engine: Opening, *arguments: Any, **options: Any) -> None:
