@@ -162,6 +162,27 @@ def filesystem_magic(int fd) -> int:
     return c_filesystem_magic(fd)
 
 
+@cython.final
+cdef class Descriptor:
+    """A file descriptor that goes with its last reference, also where there is no memory for a call in Python."""
+    cdef object __weakref__
+    cdef public int fd          # -1: none
+
+    def __cinit__(self):
+        self.fd = -1
+
+    def close(self) -> None:
+        """Lets it go, whatever the system says of that."""
+        cdef int fd = self.fd
+        self.fd = -1
+        if fd >= 0:
+            close_descriptor(fd)
+
+    def __dealloc__(self):
+        if self.fd >= 0:
+            close_descriptor(self.fd)
+
+
 FORMAT = FORMAT_VERSION
 CHUNK = CHUNK_BYTES
 CHUNKS = CHUNK_COUNT

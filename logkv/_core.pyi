@@ -39,6 +39,11 @@ def filesystem_magic(fd: int) -> int: ...
 def forget_threads() -> None: ...
 
 @final
+class Descriptor:
+    fd: int
+    def close(self) -> None: ...
+
+@final
 class Log:
     writable: bool
     identity: int

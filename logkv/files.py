@@ -15,10 +15,11 @@ import struct
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from logkv._core import filesystem_magic, free_blocks
+from logkv._core import Descriptor, filesystem_magic, free_blocks
 from logkv.errors import Error, FormatError, LockedError, NotFoundError
 
 LOCK = "LOCK"
@@ -444,24 +445,25 @@ def has_writer(directory: Directory) -> bool:
         close(fd)
 
 
-def lock(directory: Directory, timeout: float) -> int:
-    """Takes the writer's lock and returns the descriptor that holds it, for `unlock`; waits for at most `timeout` seconds,
-    first come, first served.
+def lock(directory: Directory, timeout: float) -> Descriptor:
+    """Takes the writer's lock and returns what holds it, for `unlock`; waits for at most `timeout` seconds, first come,
+    first served.
 
     Raises LockedError with the pid that the holder left in the file.
     """
+    taken = Descriptor()
     with _forking:
-        fd = directory.open(LOCK, writable=True, create=True)
-        _lock_fds.add(fd)
+        _locks.add(taken)
+        taken.fd = fd = directory.open(LOCK, writable=True, create=True)
     try:
         if not (_try_lock(fd, 0) if timeout <= 0 else _wait_for_lock(fd, time.monotonic() + timeout)):
             raise _locked(directory, fd, timeout)
         os.ftruncate(fd, 0)
         write_at(fd, b"%d\n" % os.getpid(), 0)
     except BaseException:
-        unlock(fd)
+        unlock(taken)
         raise
-    return fd
+    return taken
 
 
 def check_no_writer(directory: Directory) -> None:
@@ -484,26 +486,26 @@ def _locked(directory: Directory, fd: int, timeout: float) -> LockedError:
                        pid=pid)
 
 
-_lock_fds: set[int] = set()         # of this process, while it holds the lock or waits for it
+_locks: weakref.WeakSet[Descriptor] = weakref.WeakSet()    # of this process, while it holds the lock or waits for it
 _forking = threading.RLock()        # no fork comes between a descriptor and its note
 os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_forking.release)
 
 
-def unlock(fd: int) -> None:
+def unlock(taken: Descriptor) -> None:
     """Lets the writer's lock go, even if a child of a fork still has the open file."""
-    _lock_fds.discard(fd)
     try:
-        fcntl.fcntl(fd, _SET, _flock(fcntl.F_UNLCK, 0, 1))
-    except OSError:
+        if taken.fd >= 0:
+            fcntl.fcntl(taken.fd, _SET, _flock(fcntl.F_UNLCK, 0, 1))
+    except (OSError, MemoryError):
         pass                            # it goes with the descriptor
     finally:
-        close(fd)
+        taken.close()
 
 
 def forget_locks() -> None:
     """In the child of a fork: the locks are its parent's, and must not outlive that."""
-    while _lock_fds:
-        close(_lock_fds.pop())
+    for taken in _locks:
+        taken.close()
 
 
 def _wait_for_lock(fd: int, deadline: float) -> bool:

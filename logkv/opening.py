@@ -74,8 +74,9 @@ class Opening(Engine):
         self._check = check
         self._create_missing = create
         self._timeout = timeout
-        self._lock_fd = self._index_fd = -1
-        self._fds: dict[int, int] = {}          # of segments that are not sealed, open since before their first store
+        self._lock: _core.Descriptor | None = None
+        self._index_fd = -1
+        self._fds: dict[int, _core.Descriptor] = {}          # of segments that are not sealed, open since before their first store
         self._synced_version: int | None = None  # all up to here is on the device; None: not known
         self.created = False                    # there was no store before
         super().__init__(directory, writable=True, progress=progress)
@@ -84,7 +85,7 @@ class Opening(Engine):
         began = time.perf_counter()
         with files.full_disk_is_an_error(self.directory.path, "open the store"):
             found = self._look()        # what is refused is not touched, not even by a lock
-            self._lock_fd = files.lock(self.directory, self._timeout)
+            self._lock = files.lock(self.directory, self._timeout)
             found = self._look(None if found is None else found[0])
             if found is None:
                 self._create()
@@ -133,8 +134,7 @@ class Opening(Engine):
         """A segment's file, on the device with its header, before any MANIFEST names it."""
         self._close_fd(segment)
         self.directory.unlink(segment.name)
-        fd = self.directory.open(segment.name, writable=True, create=True, exclusive=True)
-        self._keep_fd(segment, fd)
+        fd = self._open_fd(segment, new=True)
         files.allocate(fd, file_step(0, segment.capacity, START + len(records)))
         header = _core.encode_segment_header(segment.number, current.identity, current.seed, segment.salt)
         files.write_at(fd, header + records, 0)
@@ -313,21 +313,17 @@ class Opening(Engine):
         return segment
 
     def _fd_of(self, segment: Segment) -> int:
-        if segment.number not in self._fds:
-            self._keep_fd(segment, self.directory.open(segment.name, writable=True))
-        return self._fds[segment.number]
+        kept = self._fds.get(segment.number)
+        return self._open_fd(segment) if kept is None else kept.fd
 
-    def _keep_fd(self, segment: Segment, fd: int) -> None:
-        try:
-            self._fds[segment.number] = fd
-        except MemoryError:
-            files.close(fd)
-            raise
+    def _open_fd(self, segment: Segment, new: bool = False) -> int:
+        kept = _core.Descriptor()       # from here on the file is not left open, whatever fails
+        kept.fd = self.directory.open(segment.name, writable=True, create=new, exclusive=new)
+        self._fds[segment.number] = kept
+        return kept.fd
 
     def _close_fd(self, segment: Segment) -> None:
-        fd = self._fds.pop(segment.number, -1)
-        if fd >= 0:
-            files.close(fd)
+        self._fds.pop(segment.number, None)
 
     def _drop(self, segment: Segment) -> None:
         """Removes a segment that no MANIFEST names any more."""
@@ -335,18 +331,14 @@ class Opening(Engine):
         self.directory.unlink(segment.name)
 
     def _close_fds(self) -> None:
-        """What only a writer has open, its lock last."""
+        """What only a writer has open, its lock last.  Allocates nothing, nor does what calls it."""
         self._keep_index(-1)
-        try:
-            while self._fds:
-                files.close(self._fds.popitem()[1])
-        finally:
-            fd, self._lock_fd = self._lock_fd, -1
-            if fd >= 0:
-                files.unlock(fd)
+        self._fds.clear()
+        if self._lock is not None:
+            files.unlock(self._lock)
 
     def _release(self) -> None:
-        super()._release()
+        Engine._release(self)
         self._close_fds()
 
     def _keep_index(self, fd: int) -> None:

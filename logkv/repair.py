@@ -150,11 +150,11 @@ def _check_no_writer(directory: files.Directory) -> None:
 
 @contextmanager
 def _locked(directory: files.Directory) -> Iterator[None]:
-    fd = files.lock(directory, 0)
+    lock = files.lock(directory, 0)
     try:
         yield
     finally:
-        files.unlock(fd)
+        files.unlock(lock)
 
 
 class _NoIndex(Exception):

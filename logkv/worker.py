@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from logkv.writer import Writing
 
+PAUSE = 0.05        # seconds without memory
+
 
 class Worker:
     """Runs bound methods of an engine that it does not keep alive.  Its thread begins with the first call."""
@@ -37,22 +39,26 @@ class Worker:
             if self._stopped:
                 return
             name = method.__name__
-            if delay == 0.0 and any(name == waiting for _, _, waiting in self._queue):
-                return
-            heapq.heappush(self._queue, (time.monotonic() + delay, next(self._order), name))
-            if self._thread is None:
-                thread = threading.Thread(target=_run, args=(self._engine, self), name="logkv", daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError:    # none is to be had: the next call tries again, and a put does what it cannot wait for
-                    return
-                self._thread = thread
+            if delay > 0.0 or all(name != waiting for _, _, waiting in self._queue):
+                heapq.heappush(self._queue, (time.monotonic() + delay, next(self._order), name))
+            if self._thread is None or not self._thread.is_alive():     # or it had no memory to begin with
+                self._begin()
             self._wake.notify()
 
+    def _begin(self) -> None:
+        """Where no thread is to be had, the next call tries again, and a put does what it cannot wait for."""
+        self._thread = threading.Thread(target=_run, args=(self._engine, self), name="logkv", daemon=True)
+        try:
+            self._thread.start()
+        except BaseException as problem:    # if it runs nevertheless, it finds that it is not the worker's
+            self._thread = None
+            if not isinstance(problem, RuntimeError):
+                raise
+
     def next_task(self) -> str | None:
-        """Waits for the next task that is due; None when the worker was stopped."""
+        """Waits for the next task that is due; None when the worker was stopped, or has another thread."""
         with self._wake:
-            while not self._stopped:
+            while self.runs_here() and not self._stopped:
                 if not self._queue:
                     self._wake.wait(1.0)
                     if not self._queue and self._engine() is None:
@@ -81,8 +87,17 @@ class Worker:
         self._thread = None
 
 
+def _next(worker: Worker) -> str | None:
+    """What the worker is to do; lack of memory does not end its thread."""
+    while True:
+        try:
+            return worker.next_task()
+        except MemoryError:
+            time.sleep(PAUSE)
+
+
 def _run(engine: weakref.ref[Writing], worker: Worker) -> None:
-    while (name := worker.next_task()) is not None:
+    while (name := _next(worker)) is not None:
         alive = engine()
         if alive is None:
             return

@@ -49,10 +49,10 @@ class Writing(Opening):
         self.problem: BaseException | None = None   # the last failure on the background thread
         self._closing = False
         self._full_at = options.segment_size    # bytes at which a segment is sealed; fewer where much is dead
-        _alive.add(self)
         super().__init__(directory, options, create=create, timeout=timeout, check=check, progress=progress)
 
     def _open(self) -> None:
+        _alive.add(self)
         super()._open()
         self._request_sealing()
         self._request_compaction()
@@ -106,7 +106,7 @@ class Writing(Opening):
         self._request_sealing()
 
     def _grow_file(self, needed: int, largest: int) -> None:
-        fd = self._fds[self._active.number]
+        fd = self._fds[self._active.number].fd
         have = os.fstat(fd).st_size
         try:
             files.allocate(fd, file_step(have, self._active.capacity, needed, largest))
@@ -348,7 +348,7 @@ class Writing(Opening):
         records = _core.encode_link(number, end, version - 1, segment.salt)
         records += _core.encode_record(_core.CLEAR, version, b"", b"", segment.salt, START + len(records))
         self._create_segment(new, segment, records)
-        size = os.fstat(self._fds[segment.number]).st_size
+        size = os.fstat(self._fds[segment.number].fd).st_size
         self.map_segment(segment, size)
         self.directory.unlink(files.INDEX_NEXT)
         index_fd = self.directory.open(files.INDEX_NEXT, writable=True, create=True, exclusive=True)
@@ -479,7 +479,6 @@ class Writing(Opening):
 
     def after_fork(self) -> None:
         """The child reads on, as any reader; the lock stays the parent's alone (`files.forget_locks` was called)."""
-        self._lock_fd = -1
         self._close_fds()
         self.writable = False
         super().after_fork()

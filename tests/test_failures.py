@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import heapq
 import os
 import shutil
 import threading
@@ -48,6 +49,7 @@ def test_some_of_all(what: str) -> None:
     ("allocations", r"close without a change"),         # lock and mappings stayed
     ("allocations", r"writing: .. =.few|reading: get"),
     ("allocations", r"^backup .few"),                   # the lock stayed, and a descriptor
+    ("allocations", r"^open clean .few"),               # what had failed stayed, and its lock
 ])
 def test_where_something_was_wrong(what: str, operation: str) -> None:
     """Every call, every way in which it fails."""
@@ -119,3 +121,36 @@ def test_no_thread_is_to_be_had(path: str, monkeypatch: pytest.MonkeyPatch) -> N
         assert engine._worker._thread is not None
     with logkv.open(path, "r") as db:
         assert len(db) == 2_000
+
+
+def test_a_thread_without_memory_goes_on_when_there_is_some(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed, synced = threading.Event(), threading.Event()
+    real, pop = files.sync_data, heapq.heappop
+
+    def fails(queue: list[tuple[float, int, str]]) -> tuple[float, int, str]:
+        if queue[0][2] != "sync" or failed.is_set():
+            return pop(queue)
+        monkeypatch.setattr(files, "sync_data", lambda fd: (real(fd), synced.set()))
+        failed.set()
+        raise MemoryError
+
+    with logkv.open(path, sync=0.01) as db:
+        monkeypatch.setattr("heapq.heappop", fails)
+        db["a"] = "1"
+        assert failed.wait(LIMIT) and synced.wait(LIMIT)
+
+
+def test_a_thread_that_ended_is_followed_by_another(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPython's ends where it has no memory to begin."""
+    monkeypatch.setattr("threading.Thread.run", lambda thread: None)
+    synced = threading.Event()
+    with logkv.open(path, sync=3600) as db:
+        db["a"] = "1"
+        engine = engine_of(db)
+        assert engine._worker._thread is not None
+        engine._worker._thread.join(LIMIT)
+        monkeypatch.undo()
+        real = files.sync_data
+        monkeypatch.setattr(files, "sync_data", lambda fd: (real(fd), synced.set()))
+        engine._worker.call(engine._sync_now)
+        assert synced.wait(LIMIT)

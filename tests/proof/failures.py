@@ -1650,8 +1650,11 @@ _ignored: list[str] = []        # exceptions that nobody has heard of
 
 
 def _remember(what: Any) -> None:
-    """But for CPython's: a generator that nobody goes on with is told so by an exception, which takes memory."""
+    """But for CPython's: a generator that nobody goes on with is told so by an exception, which takes memory; a thread that
+    had none to begin with is not in the list that it takes itself off."""
     if isinstance(what.object, GeneratorType) and what.exc_type is MemoryError:
+        return
+    if what.exc_type is KeyError and getattr(what.object, "__func__", None) is threading.Thread._bootstrap:     # type: ignore[attr-defined]
         return
     _ignored.append(f"{what.exc_type.__name__} ignored in {what.object!r}"[:200])
 
