@@ -390,9 +390,10 @@ class Opening(Engine):
         try:
             self.log.note_sync_failure(problem.errno or errno.EIO)
             self.log.pause(True)        # what is counted stays
-            said = (f"a sync failed ({problem.strerror}): {self._what_is_durable()}, and no later sync could tell. Reading "
-                    "goes on. Writing needs the store to be closed and opened again; until the system goes down that writes "
-                    "anew what may be missing")
+            with self._others_wait():
+                said = (f"a sync failed ({problem.strerror}): {self._what_is_durable()}, and no later sync could tell. "
+                        "Reading goes on. Writing needs the store to be closed and opened again; until the system goes down "
+                        "that writes anew what may be missing")
         finally:
             self.log.stop_writes(said)
 

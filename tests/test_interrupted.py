@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -16,8 +17,9 @@ from pathlib import Path
 import pytest
 
 import logkv
-from logkv import _core, files, manifest
+from logkv import _core, files, manifest, recovery
 from logkv.writer import Writing
+from tests.proof.session import engine_of
 
 SEGMENT = 65_536
 RunInChild = Callable[[Callable[[], None]], int]
@@ -407,3 +409,45 @@ def test_a_handler_closes_the_store_while_the_worker_waits_for_its_thread(path: 
     """
     result = run(code, path)
     assert result.returncode == 7 and "closed" in str(result.stdout), result.stderr
+
+
+@pytest.mark.parametrize("what", ["put", "get"])
+def test_a_handler_that_would_wait_for_its_own_thread_is_told_so(path: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes while others have to wait: a put while the store is emptied, a get while the index is built."""
+    told: list[str] = []
+
+    def handler(*_: object) -> None:
+        signal.alarm(10)            # ends what waits for ever
+        try:
+            db.put("a", "2") if what == "put" else db["a"]
+        except logkv.Error as problem:
+            told.append(str(problem))
+        finally:
+            signal.alarm(0)
+
+    def too_long(*_: object) -> None:
+        raise TimeoutError
+
+    def strike(real: Callable[..., object]) -> Callable[..., object]:
+        def struck(*arguments: object) -> object:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return real(*arguments)
+        return struck
+
+    before = [signal.signal(signal.SIGUSR1, handler), signal.signal(signal.SIGALRM, too_long)]
+    try:
+        with logkv.open(path) as db:
+            db["a"] = "1"
+            if what == "put":
+                monkeypatch.setattr(Writing, "_create_segment", strike(Writing._create_segment))
+                db.clear()
+            else:
+                monkeypatch.setattr(recovery, "rebuild", strike(recovery.rebuild))
+                engine_of(db)._index_damaged("a test")
+            monkeypatch.undo()
+            assert "by this very thread" in told[0]
+            db["b"] = "3"
+            assert dict(db) == {**({} if what == "put" else {b"a": b"1"}), b"b": b"3"}
+    finally:
+        signal.signal(signal.SIGUSR1, before[0])
+        signal.signal(signal.SIGALRM, before[1])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks import baseline
 from logkv import _core, manifest, opening, store, writer
@@ -276,6 +277,21 @@ class Session:
             first = self.dice.randrange(sealed)
             with self._others():
                 merge(self.store, first, self.dice.randint(first, sealed))
+        self._work()
+
+    def move(self) -> None:
+        """Closed or killed; the next opening gives the locations out anew."""
+        if self.dice.random() < 0.5:
+            self.kill()
+        else:
+            self.close()
+        with patch.object(manifest.Manifest, "is_crowded", True):
+            self.open("w")
+
+    def shrink_index(self) -> None:
+        """As if it were much larger than needed."""
+        with patch.object(writer, "LARGE_INDEX", 0):
+            self._engine.shrink_index()
         self._work()
 
     def _work(self) -> None:

@@ -183,6 +183,29 @@ def merging(db: Session, dice: random.Random) -> None:
 
 
 @workload()
+def moving(db: Session, dice: random.Random) -> None:
+    """Locations are given out anew, and the index is built anew, as merges leave free ones."""
+    for _ in range(90):
+        key = b"key %d" % dice.randrange(10)
+        what = dice.random()
+        if what < 0.2:
+            db.delete(key)
+        elif what < 0.55:
+            db.put(key, dice.randint(1, 600))
+        elif what < 0.7:
+            db.rotate()
+        elif what < 0.8:
+            db.merge()
+        elif what < 0.85:
+            db.sync()
+        elif what < 0.92:
+            db.shrink_index()
+        else:
+            db.move()
+    db.close()
+
+
+@workload()
 def failing_syncs(db: Session, dice: random.Random) -> None:
     """A sync fails now and then: the writer ends, and the next one writes again what the device may not have."""
     for _ in range(70):
