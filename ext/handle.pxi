@@ -278,7 +278,7 @@ cdef class StoreIterator:
                 if self.moves != log.moves and self.at < self.count:
                     raise Error("the store was repaired, or gave out its locations anew, while this iterator was open: iterate again")
                 self.at = self.count
-                self.clears = log.clears
+                self.clears, self.moves = log.clears, log.moves
             if self.at >= self.count:
                 if self.last:
                     self.hold = None

@@ -90,6 +90,18 @@ def test_an_iterator_that_was_open_says_so(path: str, view: str) -> None:
             assert len(list(getattr(reader, view)())) == len(model)
 
 
+def test_an_iterator_that_has_gone_on_is_no_older_one(path: str) -> None:
+    """It was between two shards when locations were given out anew, and in one when the store was emptied."""
+    model = pairs()
+    at_the_end(path, model)
+    with logkv.Reader(path) as reader:
+        begun = iter(reader)
+        with logkv.open(path, segment_size=SEGMENT) as db:
+            assert next(begun) in model
+            db.clear()
+            assert list(begun) == []
+
+
 def test_an_iterator_goes_on_where_the_store_was_emptied(path: str) -> None:
     with logkv.open(path) as db, logkv.Reader(path) as reader:
         db.update(pairs(3))

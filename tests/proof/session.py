@@ -7,7 +7,7 @@ import random
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -162,8 +162,10 @@ class Session:
     def _engine(self) -> writer.Writing:
         return engine_of(self.store)
 
-    def open(self, flag: str = "c") -> None:
-        self._store = open_store(self.path, flag, self.options)
+    def open(self, flag: str = "c", crowded: bool = False) -> None:
+        """crowded: as if few locations were left; they are given out anew."""
+        with patch.object(manifest.Manifest, "is_crowded", True) if crowded else nullcontext():
+            self._store = open_store(self.path, flag, self.options)
         if self.recorder is not None:
             engine = self._engine
             for owner, name in ((engine, "seal_oldest"), (engine.compactor, "_merge"),
@@ -285,8 +287,7 @@ class Session:
             self.kill()
         else:
             self.close()
-        with patch.object(manifest.Manifest, "is_crowded", True):
-            self.open("w")
+        self.open("w", crowded=True)
 
     def shrink_index(self) -> None:
         """As if it were much larger than needed."""

@@ -203,6 +203,24 @@ class Machine(RuleBasedStateMachine):
         self.session.close()
         self.open_without(lost)
 
+    @rule(killed=st.booleans())
+    def move(self, killed: bool) -> None:
+        """The next writer gives the locations out anew; an iterator may not be able to go on."""
+        if killed:
+            self.die()
+            self.counted["kills"] += 1
+        else:
+            while self.others:
+                self.others.pop().close()
+            self.session.close()
+        self.session.open("w", crowded=True)
+        self.begin_scan()
+        self.count()
+
+    @rule()
+    def shrink_index(self) -> None:
+        self.session.shrink_index()
+
     def open_without(self, lost: tuple[str, ...]) -> None:
         """The next writer; a reader cannot follow another control page than the one that it has mapped."""
         anew = files.CONTROL in lost
