@@ -51,9 +51,12 @@ def segment_name(number: int) -> str:
     return f"{number:010d}.seg"
 
 
+_is_segment = re.compile(r"(\d{10,20})\.seg").fullmatch
+
+
 def segment_number(name: str) -> int | None:
     """The number of a segment's file, or None if the name is not one's."""
-    match = re.fullmatch(r"(\d{10,20})\.seg", name)
+    match = _is_segment(name)
     return int(match[1]) if match and segment_name(int(match[1])) == name else None
 
 

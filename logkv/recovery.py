@@ -83,8 +83,8 @@ def walk(engine: Engine, segment: Segment, start: int, version: int, *, trusted:
     log = engine.log
     segments = engine.manifest.segments
     at = segments.index(segment)
+    engine.map_segment(segment)
     while True:
-        engine.map_segment(segment)
         following = segments[at + 1] if at + 1 < len(segments) else None
         link = None
         if following is not None:

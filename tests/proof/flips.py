@@ -85,7 +85,7 @@ class Damage:
     stop: int
     bit: int                # that is flipped at `start`, or the seed of the garbage
     read: str | None        # the way in which it is opened for reading, if it is
-    write: str | None
+    write: str | None       # and then for writing
     kill: bool              # the writer, else it closes the store
     again: bool             # what the writer leaves is read
 
@@ -252,10 +252,11 @@ def judge(open_store: Callable[[], Handle], close: Callable[[], None] | None, ke
         note(problem)
         return "reported", reports[0]
     try:
+        get, has = store.get, store.__contains__
         got = {}
         for key in keys:
             try:
-                got[key] = store.get(key), key in store
+                got[key] = get(key), has(key)
             except logkv.Error as problem:
                 note(problem)
         try:
@@ -274,8 +275,10 @@ def judge(open_store: Callable[[], Handle], close: Callable[[], None] | None, ke
             note(problem)
     wrong = []
     for state in allowed:
-        problems = [f"get({key!r}) is {str(found)[:60]}, expected {str(state.get(key))[:60]}"
-                    for key, found in got.items() if found != (state.get(key), key in state)]
+        problems = []
+        for key, (value, there) in got.items():
+            if value != state.get(key) or there != (key in state):
+                problems.append(f"get({key!r}) is {str((value, there))[:60]}, expected {str(state.get(key))[:60]}")
         if count != len(state):
             problems.append(f"len() is {count}, expected {len(state)}")
         if pairs is not None and (len(pairs) != len(state) or dict(pairs) != state):
@@ -297,16 +300,18 @@ class Bench:
     def __init__(self, path: str, closed: bool, seed: int) -> None:
         self.path = path
         self.original = build(path, closed, seed)
+        self.session = Session(Path(path), "os", random.Random(0))
         self.aside = f"{path}.aside"
         os.mkdir(self.aside)
-
-    def _at(self, name: str) -> str:
-        return f"{self.path}/{name}"
+        self.gone: list[str] = []           # what was moved there
+        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        self._aside_fd = os.open(self.aside, os.O_RDONLY | os.O_DIRECTORY)
 
     def _control(self, way: str) -> bytes:
         """The control page as it vouches for the files that are there."""
         page = bytearray(self.original.files[files.CONTROL])
-        control, index, manifest = (os.stat(self._at(name)) for name in (files.CONTROL, files.INDEX, files.MANIFEST))
+        control, index, manifest = (os.stat(name, dir_fd=self._fd)
+                                    for name in (files.CONTROL, files.INDEX, files.MANIFEST))
         struct.pack_into("<3Q", page, 48, control.st_dev, control.st_ino, index.st_ino)
         for at in 72, 104:
             struct.pack_into("<2Q", page, at + 8, manifest.st_ino, manifest.st_ctime_ns)
@@ -314,88 +319,97 @@ class Bench:
             page[BOOT] = FOREIGN_BOOT
         return bytes(page)
 
-    def put(self, damage: Damage, way: str) -> None:
-        """The damage, in this way."""
-        data = self.original.files[damage.name]
-        if damage.name not in (files.CONTROL, files.INDEX):
-            self._hurt(damage, data)            # before the control page vouches for the MANIFEST
+    def enter(self, damage: Damage, way: str) -> None:
+        """Lets the damaged store be found in this way."""
+        self._bring_back()
         page = self._control(way)
         self._write(files.CONTROL, page, 0)
-        if damage.name in (files.CONTROL, files.INDEX):
-            self._hurt(damage, page if damage.name == files.CONTROL else data)
+        if damage.name == files.CONTROL:
+            self._hurt(damage, page)
         for name in GONE[way]:
-            os.rename(self._at(name), f"{self.aside}/{name}")
+            os.rename(name, name, src_dir_fd=self._fd, dst_dir_fd=self._aside_fd)
+            self.gone.append(name)
 
     def _hurt(self, damage: Damage, data: bytes) -> None:
         if damage.kind == "cut short":
-            os.truncate(self._at(damage.name), damage.start)
+            self._write(damage.name, b"", damage.start, damage.start)
         else:
             self._write(damage.name, damage.bytes_for(data), damage.start)
 
-    def _write(self, name: str, data: bytes, at: int) -> None:
-        fd = os.open(self._at(name), os.O_WRONLY)
+    def _write(self, name: str, data: bytes, at: int, length: int | None = None) -> None:
+        """Into a file, which becomes so long."""
+        fd = os.open(name, os.O_WRONLY | os.O_CREAT, dir_fd=self._fd)
         os.pwrite(fd, data, at)
+        if length is not None:
+            os.ftruncate(fd, length)
         os.close(fd)
 
     def unread(self, damage: Damage) -> None:
         """Undoes the damage after readers, who have changed nothing."""
-        for name in os.listdir(self.aside):
-            os.rename(f"{self.aside}/{name}", self._at(name))
-        if damage.kind == "cut short":
-            os.truncate(self._at(damage.name), damage.stop)
+        self._bring_back()
         self._write(damage.name, self.original.files[damage.name][damage.start:damage.stop], damage.start)
+
+    def _bring_back(self) -> None:
+        while self.gone:
+            name = self.gone.pop()
+            os.replace(name, name, src_dir_fd=self._aside_fd, dst_dir_fd=self._fd)
 
     def mend(self) -> None:
         """Makes every file what it was, after a writer."""
-        for name in os.listdir(self.aside):
-            os.replace(f"{self.aside}/{name}", self._at(name))
+        self._bring_back()
         for name in os.listdir(self.path):
             if name not in self.original.files:
-                (shutil.rmtree if name == files.LOST_FOUND else os.unlink)(self._at(name))
+                (shutil.rmtree if name == files.LOST_FOUND else os.unlink)(f"{self.path}/{name}")
         for name, data in self.original.files.items():
-            fd = os.open(self._at(name), os.O_RDWR | os.O_CREAT)
-            found = os.pread(fd, len(data) + 1, 0)
-            if found != data:
-                os.pwrite(fd, data, 0)
-                os.ftruncate(fd, len(data))
-            os.close(fd)
+            if self._read(name, len(data) + 1) != data:
+                self._write(name, data, 0, len(data))
+
+    def _read(self, name: str, most: int) -> bytes | None:
+        try:
+            fd = os.open(name, os.O_RDONLY, dir_fd=self._fd)
+        except FileNotFoundError:
+            return None
+        data = os.pread(fd, most, 0)
+        os.close(fd)
+        return data
 
     def attempt(self, damage: Damage, keep: str | None = None) -> tuple[str, str]:
         """What came of it: "harmless", "reported", "cut" or "silent", and why."""
-        found = [("harmless", "")]
+        outcomes = []
+        self._hurt(damage, self.original.files[damage.name])    # before a control page vouches for the MANIFEST
         try:
-            if damage.read is not None:
-                found.append(self._read(damage, damage.read, keep))
-            if damage.write is not None:
-                found.append(self._write_to(damage, damage.write))
+            for way, tried in (damage.read, self._read_all), (damage.write, self._write_to):
+                if way is None:
+                    continue
+                if tried == self._read_all or way != damage.read:
+                    self.enter(damage, way)
+                    if keep is not None:
+                        shutil.copytree(self.path, f"{keep}-{way.replace(' ', '-')}")
+                outcomes.append(tried(damage, states_allowed(self.original, damage, way)))
         except Silent as problem:
             return "silent", str(problem)
         except Exception as problem:
             return "silent", f"{type(problem).__name__}, which is no logkv.Error: {problem}"
-        return max(found, key=lambda outcome: ("harmless", "reported", "cut").index(outcome[0]))
+        finally:
+            if damage.write is None:
+                self.unread(damage)
+            else:
+                self.mend()
+        return max(outcomes, key=lambda outcome: ("harmless", "reported", "cut").index(outcome[0]))
 
     def _judge_reader(self, damage: Damage, allowed: list[dict[bytes, bytes]]) -> tuple[str, str]:
         return judge(lambda: logkv.open(self.path, "r"), None, self.original.keys, allowed, damage.name)
 
-    def _read(self, damage: Damage, way: str, keep: str | None) -> tuple[str, str]:
-        allowed = states_allowed(self.original, damage, way)
-        self.put(damage, way)
-        if keep is not None:
-            shutil.copytree(self.path, keep)
-        try:
-            outcome = self._judge_reader(damage, allowed)
-            if outcome[0] == "reported":
-                with suppress(logkv.FormatError):
-                    if logkv.verify(self.path).ok:
-                        raise Silent(f"verify does not see what a reader sees: {outcome[1]}")
-            return outcome
-        finally:
-            self.unread(damage)
+    def _read_all(self, damage: Damage, allowed: list[dict[bytes, bytes]]) -> tuple[str, str]:
+        outcome = self._judge_reader(damage, allowed)
+        if outcome[0] == "reported":
+            with suppress(logkv.FormatError):
+                if logkv.verify(self.path).ok:
+                    raise Silent(f"verify does not see what a reader sees: {outcome[1]}")
+        return outcome
 
-    def _write_to(self, damage: Damage, way: str) -> tuple[str, str]:
-        allowed = states_allowed(self.original, damage, way)
-        self.put(damage, way)
-        session = Session(Path(self.path), "os", random.Random(0))
+    def _write_to(self, damage: Damage, allowed: list[dict[bytes, bytes]]) -> tuple[str, str]:
+        session = self.session
 
         def open_store() -> logkv.Store[bytes]:
             session.open("w")
@@ -410,7 +424,6 @@ class Bench:
             return outcome
         finally:
             session.abandon()
-            self.mend()
 
 
 @dataclass
