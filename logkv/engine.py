@@ -39,7 +39,6 @@ class Engine:
         self.lock = threading.RLock()  # the index while it is being built, and letting go; a writer adds to this
         self._failure: BaseException | None = None      # why there is no index at all
         self._orphaned = False          # nobody builds the index any more
-        self._busy: list[int] = []      # threads that others wait for
         self.log: _core.Log
         self.recovered: dict[str, Any] = {}
         self._control_fd = -1
@@ -171,7 +170,7 @@ class Engine:
     @contextmanager
     def _building(self) -> Iterator[None]:
         """While the index is not whole, other threads wait; if it cannot be built, they are told why."""
-        with self.lock, self._others_wait():
+        with self.lock:
             self.log.build(True)
             try:
                 yield
@@ -182,18 +181,9 @@ class Engine:
                 self._failure = None
                 self.log.build(False)
 
-    @contextmanager
-    def _others_wait(self) -> Iterator[None]:
-        """Other threads wait meanwhile; a signal's handler on this one cannot."""
-        self._busy.append(threading.get_ident())
-        try:
-            yield
-        finally:
-            self._busy.remove(threading.get_ident())
-
     def _await_turn(self) -> None:
         """Returns when nobody builds the index or changes what is appended to."""
-        if threading.get_ident() in self._busy:
+        if self.lock._is_owned() and self._failure is None and not self._orphaned:      # type: ignore[attr-defined]
             raise Error(f"{self.directory.path} is being changed by this very thread: a signal's handler or a finalizer that "
                         "comes in the middle cannot wait for that")
         with self.lock:
@@ -214,7 +204,6 @@ class Engine:
     def after_fork(self) -> None:
         """In the child, where only the thread lives that forked."""
         self.lock = threading.RLock()
-        self._busy = [thread for thread in self._busy if thread == threading.get_ident()]
         if hasattr(self, "log"):
             self._orphaned = self.log.building
             self.log.become_reader()

@@ -389,11 +389,9 @@ class Opening(Engine):
         said = UNFINISHED               # where there is no memory to say more
         try:
             self.log.note_sync_failure(problem.errno or errno.EIO)
-            self.log.pause(True)        # what is counted stays
-            with self._others_wait():
-                said = (f"a sync failed ({problem.strerror}): {self._what_is_durable()}, and no later sync could tell. "
-                        "Reading goes on. Writing needs the store to be closed and opened again; until the system goes down "
-                        "that writes anew what may be missing")
+            said = (f"a sync failed ({problem.strerror}): {self._what_is_durable()}, and no later sync could tell. Reading "
+                    "goes on. Writing needs the store to be closed and opened again; until the system goes down that writes "
+                    "anew what may be missing")
         finally:
             self.log.stop_writes(said)
 
@@ -402,6 +400,7 @@ class Opening(Engine):
         number, end = self.log.trust["durable"]
         if self.lock.acquire(timeout=PATIENCE):     # where threads wait for each other, less is said
             try:
+                self.log.pause(True)                # what is counted stays
                 segment, end, version = self._durable()
                 writes, size = self._count_after(segment, end)
                 until = datetime.fromtimestamp(version // 10**9, UTC).replace(tzinfo=None).isoformat(" ")

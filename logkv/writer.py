@@ -327,7 +327,7 @@ class Writing(Opening):
 
         What comes is encoded with `codec`.
         """
-        with self._seal_lock, self._sync_lock, self.lock, self._others_wait(), \
+        with self._seal_lock, self._sync_lock, self.lock, \
                 files.full_disk_is_an_error(self.directory.path, "empty the store"):
             self.check_open()
             self.log.pause(True)            # puts take no lock: they wait here
@@ -410,7 +410,7 @@ class Writing(Opening):
 
     def shrink_index(self) -> None:
         """An index that is much larger than its keys need is built anew, while writes wait."""
-        with self._seal_lock, self._sync_lock, self.lock, self._others_wait(), \
+        with self._seal_lock, self._sync_lock, self.lock, \
                 files.full_disk_is_an_error(self.directory.path, "build a smaller index"):
             self.check_open()
             keys = self.log.state["keys"]

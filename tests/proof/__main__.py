@@ -115,9 +115,9 @@ class Check(NamedTuple):
 
 
 CHECKS = {
-    "crash": Check(power_cuts, 2, 505), "kill": Check(kills, 2, 150), "calls": Check(failing("calls"), 2, 140),
-    "allocations": Check(failing("allocations"), 2, 138), "flips": Check(flipped_bits, 2, 130), "fuzz": Check(fuzzing, 1, 80),
-    "machine": Check(steps, 2, 28), "repair": Check(repaired, 1, 11), "backup": Check(backed_up, 1, 11),
+    "crash": Check(power_cuts, 2, 488), "kill": Check(kills, 2, 139), "calls": Check(failing("calls"), 2, 138),
+    "allocations": Check(failing("allocations"), 2, 141), "flips": Check(flipped_bits, 2, 158), "fuzz": Check(fuzzing, 1, 81),
+    "machine": Check(steps, 2, 27), "repair": Check(repaired, 1, 10), "backup": Check(backed_up, 1, 10),
     "planted": Check(planted_bugs, 1, 8),
 }
 
