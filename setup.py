@@ -19,7 +19,9 @@ setup(
                 "logkv._core",
                 ["ext/_core.pyx"],
                 include_dirs=["ext"],
-                depends=sorted(glob("ext/*")),
+                depends=["setup.py", *sorted(glob("ext/*"))],
+                # Cython 3.3 crashes where there is no memory for the names of a constructor's keywords.
+                define_macros=[("CYTHON_VECTORCALL_TPNEW", "0")],
                 extra_compile_args=["-O3", "-std=gnu11", "-fno-strict-aliasing", *flags],
                 extra_link_args=flags,
             )

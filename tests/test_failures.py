@@ -50,6 +50,7 @@ def test_some_of_all(what: str) -> None:
     ("allocations", r"writing: .. =.few|reading: get"),
     ("allocations", r"^backup .few"),                   # the lock stayed, and a descriptor
     ("allocations", r"^open clean .few"),               # what had failed stayed, and its lock
+    ("allocations", r"^open for reading .few"),         # a crash
 ])
 def test_where_something_was_wrong(what: str, operation: str) -> None:
     """Every call, every way in which it fails."""
