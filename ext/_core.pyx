@@ -34,14 +34,16 @@ import os
 
 from logkv.errors import ClosedError, CorruptionError, Error, FormatError, ReadOnlyError
 
-include "record.pxi"    # keys, values, encoding; status codes become exceptions
+include "record.pxi"    # keys, values, encoding; status codes
 include "log.pxi"       # Log: what one process has mapped of a store, and its state
+include "settle.pxi"    # what a status asks for is done, or raised
 include "index.pxi"     # find, insert, remove; an index as a whole
 include "space.pxi"     # pages that take a store although the disk may be full
 include "grow.pxi"      # a full shard gets more room
 include "account.pxi"   # what of each segment is alive
 include "segment.pxi"   # append: put, delete, marks
 include "scan.pxi"      # recovery: replay records and footers
+include "search.pxi"    # what is whole behind an end of the log, or behind damage
 include "order.pxi"     # entries in key order: footers
 include "compact.pxi"   # what is alive of old segments goes into a new one
 include "rescue.pxi"    # what is intact of damaged segments goes into new ones

@@ -23,7 +23,8 @@ cdef struct Source:             # a sealed segment, read in the order of its key
 
 
 cdef footer_header *footer_of(Mapped *m, uint64_t end) noexcept nogil:
-    """A sealed segment's footer, checked at its first use; NULL if it is not right."""
+    """A sealed segment's footer, checked at its first use; NULL if it is not right.  It is shorter than the records that it
+    lists, however long the file is."""
     cdef record_view r
     cdef footer_header *header
     cdef footer_entry *entries
@@ -32,8 +33,8 @@ cdef footer_header *footer_of(Mapped *m, uint64_t end) noexcept nogil:
         return (<footer_header *> m.entries) - 1
     if m == NULL or end + RECORD_HEADER_BYTES > m.limit or populate(m.base + end, RECORD_HEADER_BYTES, False):
         return NULL
-    reach = record_reach(m.base + end)      # the file may be much longer
-    if reach > m.limit - end or populate(m.base + end, reach, False) or \
+    reach = record_reach(m.base + end)
+    if reach > min(end, m.limit - end) or populate(m.base + end, reach, False) or \
             record_unpack(&r, m.base + end, m.limit - end, m.salt, end, True) != RECORD_OK:
         return NULL
     header = <footer_header *> r.value

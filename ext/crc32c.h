@@ -8,6 +8,7 @@
 #include <string.h>
 
 static uint32_t crc32c_table[8][256];
+static uint32_t crc32c_powers[2][512];         /* of x, for as many bytes, and for as many times 512 */
 
 static inline uint64_t crc32c_word(const uint8_t *p) {
     uint64_t word;
@@ -96,6 +97,19 @@ static int crc32c_has_hardware(void) { return 0; }
 
 static uint32_t (*crc32c)(uint32_t crc, const void *data, size_t length) = crc32c_software;
 
+/* The product of two polynomials; their highest bit is that of 1. */
+static inline uint32_t crc32c_product(uint32_t a, uint32_t b) {
+    uint32_t product = 0;
+    for (; a; a <<= 1, b = (b >> 1) ^ (0x82f63b78u & (0u - (b & 1)))) product ^= b & (0u - (a >> 31));
+    return product;
+}
+
+/* What `crc` adds to a checksum that goes on with it, `length` bytes later:
+   crc32c(crc, data, length) == (crc32c_shift(crc, length) ^ crc32c(0, data, length)), for lengths below 256 KiB. */
+static inline uint32_t crc32c_shift(uint32_t crc, uint64_t length) {
+    return crc32c_product(crc32c_product(crc, crc32c_powers[0][length & 511]), crc32c_powers[1][length >> 9 & 511]);
+}
+
 /* Once, when the module is loaded, before any checksum. */
 static void crc32c_setup(void) {
     for (uint32_t i = 0; i < 256; i++) {
@@ -106,6 +120,10 @@ static void crc32c_setup(void) {
     for (int slice = 1; slice < 8; slice++)
         for (int i = 0; i < 256; i++)
             crc32c_table[slice][i] = (crc32c_table[slice - 1][i] >> 8) ^ crc32c_table[0][crc32c_table[slice - 1][i] & 0xff];
+    crc32c_powers[0][0] = crc32c_powers[1][0] = 0x80000000u;
+    for (int i = 1; i < 512; i++) crc32c_powers[0][i] = crc32c_product(crc32c_powers[0][i - 1], 0x00800000u);
+    for (int i = 1; i < 512; i++)
+        crc32c_powers[1][i] = crc32c_product(crc32c_powers[1][i - 1], crc32c_product(crc32c_powers[0][511], 0x00800000u));
     if (crc32c_has_hardware()) crc32c = crc32c_hardware;
 }
 

@@ -140,6 +140,8 @@ static inline uint64_t record_size(uint64_t key_length, uint64_t value_length) {
     return record_span(value_length > VALUE_CRC_ABOVE ? VALUE_CRC_BYTES : 0, key_length, value_length);
 }
 
+#define RECORD_LONGEST record_size(KEY_MAX, VALUE_MAX)
+
 static inline uint32_t record_crc_begin(uint32_t salt, uint64_t offset) {
     return salt ^ (uint32_t)(offset >> LOCATION_UNIT_SHIFT);
 }
@@ -169,6 +171,15 @@ static inline void record_pack(uint8_t *p, uint32_t salt, uint64_t offset, uint8
     }
     h.crc = crc32c(begin, p + 4, head);
     __atomic_store_n((uint32_t *)p, h.crc, __ATOMIC_RELEASE);
+}
+
+static inline uint64_t record_head(const record_header *h) {    /* bytes behind the checksum that it covers */
+    return RECORD_HEADER_BYTES - 4 + record_fields(h->flags) + h->key_length
+         + (h->flags & FLAG_VALUE_CRC ? 0 : h->value_length);
+}
+
+static inline int flags_fit(const record_header *h) {
+    return !(h->flags & FLAG_VALUE_CRC) == (h->value_length <= VALUE_CRC_ABOVE);
 }
 
 enum record_status {
@@ -206,7 +217,7 @@ static inline int record_unpack(record_view *r, const uint8_t *p, uint64_t space
     r->size = total;
     if (total > space) return RECORD_TRUNCATED;
     q += record_fields(h.flags);
-    head = (uint64_t)(q - p) - 4 + h.key_length + (h.flags & FLAG_VALUE_CRC ? 0 : h.value_length);
+    head = record_head(&h);
     r->key = q;
     r->value = q + h.key_length;
     r->version = h.version;
@@ -214,7 +225,7 @@ static inline int record_unpack(record_view *r, const uint8_t *p, uint64_t space
     r->key_length = h.key_length;
     r->kind = h.kind;
     r->crc = h.crc;
-    if (!(h.flags & FLAG_VALUE_CRC) != (h.value_length <= VALUE_CRC_ABOVE)) return RECORD_BAD_CRC;
+    if (!flags_fit(&h)) return RECORD_BAD_CRC;
     r->found = crc32c(begin, p + 4, head);
     if (r->found != h.crc) return RECORD_BAD_CRC;
     if (h.kind > KIND_FOOTER || !(KINDS_KNOWN >> h.kind & 1) || (h.flags & ~FLAGS_KNOWN)) return RECORD_UNKNOWN;
@@ -232,6 +243,19 @@ static inline uint64_t record_reach(const uint8_t *p) {
     record_header h;
     memcpy(&h, p, RECORD_HEADER_BYTES);
     return record_span(record_fields(h.flags), h.key_length, h.value_length);
+}
+
+/* What its checksum would cover, likewise; and whether a record may say so. */
+static inline uint64_t record_covered(const uint8_t *p) {
+    record_header h;
+    memcpy(&h, p, RECORD_HEADER_BYTES);
+    return record_head(&h);
+}
+
+static inline int record_flags_fit(const uint8_t *p) {
+    record_header h;
+    memcpy(&h, p, RECORD_HEADER_BYTES);
+    return flags_fit(&h);
 }
 
 /* Key and lengths of a record that was verified before. */

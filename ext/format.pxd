@@ -3,6 +3,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 cdef extern from "crc32c.h" nogil:
     uint32_t crc32c(uint32_t begin, const void *data, size_t length)
     uint32_t crc32c_software(uint32_t begin, const void *data, size_t length)
+    uint32_t crc32c_shift(uint32_t crc, uint64_t length)
     void crc32c_setup()
 
 cdef extern from "format.h" nogil:
@@ -43,11 +44,15 @@ cdef extern from "format.h" nogil:
     ctypedef struct sync_mark_value:
         uint64_t number, end
     uint64_t record_size(uint64_t key_length, uint64_t value_length)
+    const uint64_t RECORD_LONGEST
     void record_pack(uint8_t *p, uint32_t salt, uint64_t offset, uint8_t kind, uint64_t version,
                      const void *key, uint32_t key_length, const void *value, uint32_t value_length)
     int record_unpack(record_view *r, const uint8_t *p, uint64_t space, uint32_t salt, uint64_t offset, bint check_value)
 
     uint64_t record_reach(const uint8_t *p)
+    uint64_t record_covered(const uint8_t *p)
+    bint record_flags_fit(const uint8_t *p)
+    uint32_t record_crc_begin(uint32_t salt, uint64_t offset)
     void record_peek(record_view *r, const uint8_t *p)
 
     const unsigned FOOTER_SIZE_BITS

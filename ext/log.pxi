@@ -4,6 +4,7 @@ cdef struct Mapped:         # a segment's mapping
     uint8_t *base
     uint64_t length         # that is mapped
     uint64_t limit          # bytes of the segment that the file is known to have
+    uint64_t data           # behind that, they were zeros that nobody wrote, when it was mapped
     uint64_t origin         # location of the segment's first byte
     uint64_t run            # chunks
     uint32_t salt
@@ -307,18 +308,20 @@ cdef class Log:
         return self.keep(mapping)
 
     def map_segment(self, int fd, uint64_t number, uint64_t chunk, uint64_t capacity, uint64_t size, uint32_t salt):
-        """Makes a segment's records readable, up to `size` bytes of its file.  May be called again when it grew.
+        """Makes a segment's records readable, up to `size` bytes of its file, which may be much longer than what is in it.
+        May be called again when it grew.
 
         Raises FormatError if its header asks for features that this version does not have.
         """
         self.check_open()
         cdef uint64_t wanted = max(capacity, size), i
         cdef uint64_t run = (capacity >> CHUNK_SHIFT) + (capacity & (CHUNK_BYTES - 1) != 0)
+        cdef uint64_t data = c_data_end(fd, size, RECORD_LONGEST)
         cdef Mapped *old
         cdef Mapped *new
         if run > CHUNK_COUNT or chunk > CHUNK_COUNT - run:
             raise FormatError(f"segment {number} lies beyond the end of the location space (chunk {chunk} of {CHUNK_COUNT})")
-        if self.extend_segment(chunk, size):
+        if self.extend_segment(chunk, size, data):
             return
         new = <Mapped *> calloc(1, sizeof(Mapped))
         if new == NULL:
@@ -331,6 +334,7 @@ cdef class Log:
             free(new)
             raise
         new.limit, new.origin, new.run, new.salt = min(size, new.length), chunk << CHUNK_UNIT_SHIFT, run, salt
+        new.data = data
         write_lock(&self.mutex)
         old = self.chunks[chunk]
         if old != NULL and old.dropped:
@@ -351,13 +355,14 @@ cdef class Log:
             self.unmap(old.base)
             free(old)
 
-    cdef bint extend_segment(self, uint64_t chunk, uint64_t size):
+    cdef bint extend_segment(self, uint64_t chunk, uint64_t size, uint64_t data):
         """Whether so many bytes of a segment are mapped already; they are readable then."""
         write_lock(&self.mutex)
         cdef Mapped *m = self.chunks[chunk]
         cdef bint mapped = m != NULL and not m.dropped and m.length >= size
-        if mapped and m.limit < size:
-            atomic_store(&m.limit, size)
+        if mapped:
+            atomic_store(&m.data, max(m.data, data))
+            atomic_store(&m.limit, max(m.limit, size))
         write_unlock(&self.mutex)
         return mapped
 
@@ -704,71 +709,3 @@ cdef inline void commit(Log log, uint64_t number, uint64_t end, uint64_t version
 def forget_threads() -> None:
     """In the child of a fork, where no other thread lives."""
     threads_after_fork()
-
-
-cdef int settle(Log log, int status, Trouble *t) except -1:
-    """Does what a negative status asks for, so that the caller can try again; raises what it cannot mend."""
-    try:
-        ask_owner(log, log.asked(), status, t)
-        return 0
-    except OSError as problem:
-        if log.closed:          # by another thread, meanwhile
-            raise ClosedError("the store is closed") from None
-        if not isinstance(problem, Error):
-            raise Error(problem.errno, f"cannot read the store: {problem.strerror}") from problem
-        raise
-
-
-cdef int ask_owner(Log log, owner, int status, Trouble *t) except -1:
-    if status == UNMAPPED:
-        if not owner._map_location(t.place, t.known) and t.indexes == atomic_load(&log.indexes):
-            if t.doubted == t.place + 1:
-                raise_damage(log, t)
-            t.doubted = t.place + 1
-    elif status == DAMAGED:
-        raise_damage(log, t)
-    elif status == LOOK_CLOSER:
-        while atomic_load(&log.attention):
-            log.check_open()
-            owner._await_turn()
-    elif status == OUTDATED:
-        owner._index_changed()
-        log.check_open()
-    elif status == REFUSED:
-        check_writable(log)
-    elif status == NEED_LOG_ROOM:
-        owner._make_room(t.place)
-    elif status == CANNOT_WRITE:
-        raise_unwritable(t.status)
-    elif status == UNCHECKED:
-        if not check_shard(log, t.place):
-            owner._index_damaged(f"the shard at page {t.place} fails its checksum")
-    elif status == INDEX_GREW:
-        if not owner._index_grew(t.known):
-            owner._index_damaged(f"the directory names page {t.place} of {t.known}")
-    elif status == NEED_PAGES:
-        owner._index_pages(t.place)
-    elif status == NO_MEMORY:
-        raise MemoryError()
-    elif status == NOT_A_PUT:
-        path, number, offset = owner._place_of(t.place)
-        raise CorruptionError("the index points at a record that is not a put", path=path, segment=number, offset=offset,
-                              expected="a put", found="another kind")
-    return 0
-
-
-cdef int raise_unwritable(int problem) except -1:
-    raise Error(problem, f"cannot write to the store: {os.strerror(problem)}")
-
-
-cdef int raise_damage(Log log, Trouble *t) except -1:
-    path, number, offset = log.asked()._place_of(t.place)
-    reason = SCAN_REASONS.get(t.status, "unreadable")
-    if t.status in (RECORD_BAD_CRC, RECORD_BAD_VALUE):
-        expected, found = f"crc32c {t.expected:08x}", f"{t.found:08x}"
-    elif t.status == RECORD_UNKNOWN:
-        raise FormatError(f"{path} has a record at {offset} of a kind that only newer versions of LogKV know")
-    else:
-        expected, found = "a record", {"end": "zeros", "truncated": "less than a record"}.get(reason, reason)
-    raise CorruptionError(f"record damaged ({reason})", path=path, segment=number, offset=offset, expected=expected,
-                          found=found)

@@ -6,8 +6,10 @@
 #include <stdatomic.h>
 #include <stdint.h>
 #include <time.h>
+#include <unistd.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/statvfs.h>
 #ifdef __linux__
 #include <fcntl.h>
@@ -86,6 +88,26 @@ static inline void free_blocks(int fd, uint64_t offset, uint64_t length) {
     if (fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)length)) return;
 #else
     (void)fd; (void)offset; (void)length;
+#endif
+}
+
+/* How far a file has anything in it: behind the last byte that takes room on the device, up to `size`, are zeros that nobody
+   wrote.  What comes after a hole longer than `most` does not count. */
+static inline uint64_t data_end(int fd, uint64_t size, uint64_t most) {
+#ifdef SEEK_DATA
+    struct stat s;
+    off_t at = 0;
+    uint64_t end = 0;
+    if (fstat(fd, &s) || (uint64_t)s.st_blocks * 512 >= (uint64_t)s.st_size) return size;
+    while (end < size && (at = lseek(fd, at, SEEK_DATA)) >= 0 && (uint64_t)at - end <= most) {
+        at = lseek(fd, at, SEEK_HOLE);
+        if (at < 0) break;
+        end = (uint64_t)at;
+    }
+    return at < 0 && errno != ENXIO || end > size ? size : end;
+#else
+    (void)fd; (void)most;
+    return size;
 #endif
 }
 

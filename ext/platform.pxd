@@ -22,6 +22,7 @@ cdef extern from "platform.h" nogil:
     uint64_t clock_ns()
     int populate(uint8_t *start, uint64_t length, bint for_writing)
     void c_free_blocks "free_blocks" (int fd, uint64_t offset, uint64_t length)
+    uint64_t c_data_end "data_end" (int fd, uint64_t size, uint64_t most)
     uint64_t page_faults()
     uint64_t free_bytes(int fd)
     unsigned long c_filesystem_magic "filesystem_magic" (int fd)

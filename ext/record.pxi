@@ -45,6 +45,8 @@ SCAN_REASONS = {
     RECORD_BAD_VALUE: "value checksum", SCAN_STOP: "stop", SCAN_VERSION: "version", SCAN_FOOTER: "footer",
     SCAN_IO_ERROR: "input/output error",
 }
+UNREADABLE = SCAN_REASONS[SCAN_IO_ERROR]    # the device does not give it
+BAD_VALUE = SCAN_REASONS[RECORD_BAD_VALUE]  # the record is whole but for its value: its key is known
 
 
 cdef struct Bytes:          # a borrowed run of bytes
@@ -157,6 +159,12 @@ def free_blocks(int fd, uint64_t offset, uint64_t length) -> None:
     c_free_blocks(fd, offset, length)
 
 
+def data_end(int fd, uint64_t size) -> int:
+    """How far a file of `size` bytes has anything in it: behind are zeros that nobody wrote, which take no room on the device.
+    What comes after a hole longer than any record does not count."""
+    return c_data_end(fd, size, RECORD_LONGEST)
+
+
 def filesystem_magic(int fd) -> int:
     """The kind of file system that a file is on, as statfs(2) numbers them; 0 if it is not known."""
     return c_filesystem_magic(fd)
@@ -191,6 +199,7 @@ PAGE = PAGE_BYTES
 SEGMENT_HEADER = SEGMENT_HEADER_BYTES
 SEGMENT_MIN = SEGMENT_MIN_BYTES
 SEGMENT_MAX = SEGMENT_MAX_BYTES
+RECORD_MAX = RECORD_LONGEST
 CONTINUES_SIZE = record_size(0, sizeof(continues_value))
 MARK_SIZE = record_size(0, sizeof(sync_mark_value))
 FOOTER = KIND_FOOTER

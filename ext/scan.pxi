@@ -3,6 +3,7 @@
 cdef struct Scan:
     const uint8_t *base     # of the segment
     uint64_t origin, offset, stop, version
+    uint64_t data           # no record begins from there on, nothing is read ahead
     uint64_t populated, step
     uint32_t salt
     bint sorted             # by key: versions may fall
@@ -35,6 +36,7 @@ cdef int begin_scan(Log log, Scan *s, uint64_t chunk, uint64_t start, uint64_t s
     s.salt = entry.salt
     s.offset = start
     s.stop = min(stop, records_end(entry))
+    s.data = min(s.stop, atomic_load(&entry.data))
     s.version = version
     s.populated = start
     s.step = SCAN_FIRST
@@ -44,7 +46,7 @@ cdef int begin_scan(Log log, Scan *s, uint64_t chunk, uint64_t start, uint64_t s
 
 cdef bint make_present(Scan *s, uint64_t end) noexcept nogil:
     """A page that the device cannot read is an error here, and not a SIGBUS later."""
-    cdef uint64_t ahead = min(max(end, s.populated + s.step), s.stop)
+    cdef uint64_t ahead = min(max(end, min(s.populated + s.step, s.data)), s.stop)
     s.step = min(4 * s.step, SCAN_STEP)
     if populate(<uint8_t *> s.base + s.populated, ahead - s.populated, False):
         ahead = min(end, s.stop)                # what cannot be read may lie behind what is asked for
@@ -238,52 +240,6 @@ def replay_footer(Log log, uint64_t number, uint64_t chunk, uint64_t end) -> tup
     return header.records, header.first_version, header.last_version
 
 
-def find_mark(Log log, uint64_t chunk, uint64_t start, uint64_t version) -> tuple | None:
-    """Looks behind an invalid record, at every multiple of 8, for a sync mark of a higher version.
-
-    Returns the (file number, end) that it names: a sync that returned covered the log up to there.
-    """
-    cdef Scan s
-    cdef record_view r
-    cdef sync_mark_value *mark
-    cdef uint64_t number = 0, end = 0
-    cdef bint found = False
-    begin_scan(log, &s, chunk, start, <uint64_t> -1, version)
-    if s.offset < s.stop and not make_present(&s, s.stop):
-        raise_unreadable(log, chunk, start)
-    with nogil:
-        while s.offset + MARK_BYTES <= s.stop:
-            if (s.base + s.offset)[18] == KIND_SYNC_MARK and \
-                    record_unpack(&r, s.base + s.offset, MARK_BYTES, s.salt, s.offset, True) == RECORD_OK and \
-                    r.key_length == 0 and r.value_length == sizeof(sync_mark_value) and r.version > version:
-                mark = <sync_mark_value *> r.value
-                if not found or mark.number > number or (mark.number == number and mark.end > end):
-                    number, end, found = mark.number, mark.end, True
-            s.offset += 8
-    return (number, end) if found else None
-
-
-def find_record(Log log, uint64_t chunk, uint64_t start, uint64_t version) -> int | None:
-    """Looks behind an end, at every multiple of 8, for whole records: the highest version of them, or None."""
-    cdef Scan s
-    cdef record_view r
-    cdef uint64_t highest = 0
-    cdef uint8_t kind
-    begin_scan(log, &s, chunk, start, <uint64_t> -1, version)
-    if s.offset < s.stop and not make_present(&s, s.stop):
-        raise_unreadable(log, chunk, start)
-    with nogil:
-        while s.offset + RECORD_HEADER_BYTES + 4 <= s.stop:
-            kind = (s.base + s.offset)[18]
-            if kind and kind <= KIND_FOOTER and record_unpack(&r, s.base + s.offset, s.stop - s.offset, s.salt, s.offset,
-                                                             False) == RECORD_OK:
-                highest = max(highest, r.version)
-                s.offset += r.size
-            else:
-                s.offset += 8
-    return highest if highest > version else None
-
-
 def copy_records(Log log, uint64_t chunk, uint64_t start, uint64_t stop, uint32_t salt, uint64_t offset) -> bytes:
     """The puts and deletes from `start` to `stop`, written for `offset` of another segment; their versions stay."""
     cdef Scan s
@@ -301,30 +257,6 @@ def copy_records(Log log, uint64_t chunk, uint64_t start, uint64_t stop, uint32_
     if reason == SCAN_IO_ERROR:
         raise_unreadable(log, chunk, s.offset)
     return bytes(out)
-
-
-def first_nonzero(Log log, uint64_t chunk, uint64_t start, uint64_t stop) -> tuple | None:
-    """(first, behind the last) offset between `start` and `stop` that is not zero, or None."""
-    cdef Mapped *segment = log.chunks[chunk]
-    cdef uint64_t first, last
-    stop = min(stop, records_end(segment)) if segment != NULL else 0
-    first = start
-    if start >= stop:
-        return None
-    if populate(segment.base + start, stop - start, False):
-        raise_unreadable(log, chunk, start)
-    with nogil:
-        while first < stop and segment.base[first] == 0:
-            if first & 7 == 0 and first + 8 <= stop and (<uint64_t *> (segment.base + first))[0] == 0:
-                first += 8
-            else:
-                first += 1
-        last = stop
-        while last & 7 == 0 and last >= first + 8 and (<uint64_t *> (segment.base + last - 8))[0] == 0:
-            last -= 8
-        while last > first and segment.base[last - 1] == 0:
-            last -= 1
-    return (first, last) if first < last else None
 
 
 def read_link(Log log, uint64_t chunk) -> tuple | None:

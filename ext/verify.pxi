@@ -1,35 +1,5 @@
 # Verification: everything is read, nothing is believed, nothing is changed.
 
-def next_whole(Log log, uint64_t chunk, uint64_t start, uint64_t stop) -> int | None:
-    """The offset of the first record from `start` on, at a multiple of 8, whose header and key are whole; None if there is
-    none.  Pages that the device cannot read are passed over."""
-    cdef Scan s
-    cdef record_view r
-    cdef bint found = False
-    begin_scan(log, &s, chunk, start, stop, 0)
-    while s.offset + RECORD_HEADER_BYTES < s.stop and not found:
-        PyErr_CheckSignals()
-        if s.offset + RECORD_HEADER_BYTES >= s.populated and not make_present(&s, s.offset + RECORD_HEADER_BYTES + 1):
-            s.offset = s.populated = (s.offset // PAGE_BYTES + 1) * PAGE_BYTES
-            continue
-        with nogil:
-            while s.offset + RECORD_HEADER_BYTES < s.populated:
-                if may_be_record(&s) and record_unpack(&r, s.base + s.offset, s.stop - s.offset, s.salt, s.offset,
-                                                       False) == RECORD_OK:
-                    found = True
-                    break
-                s.offset += 8
-    return s.offset if found else None
-
-
-cdef bint may_be_record(Scan *s) noexcept nogil:
-    """By its kind, flags and size; what would be read of it without its value can be."""
-    cdef const uint8_t *p = s.base + s.offset
-    cdef uint64_t reach = record_reach(p)
-    return 0 < p[18] <= KIND_FOOTER and not p[19] & ~FLAGS_KNOWN and reach <= s.stop - s.offset and \
-        not populate(<uint8_t *> p, min(reach, RECORD_HEADER_BYTES + VALUE_CRC_BYTES + KEY_MAX + VALUE_CRC_ABOVE), False)
-
-
 def survey_index(Log log, bint searching) -> tuple:
     """(locations that entries lead to, sorted, 8 bytes each; those of entries that a search does not find).
 

@@ -16,11 +16,14 @@ PAGE: int
 SEGMENT_HEADER: int
 SEGMENT_MIN: int
 SEGMENT_MAX: int
+RECORD_MAX: int
 CONTINUES_SIZE: int
 MARK_SIZE: int
 FOOTER: int
 CLEAR: int
 SCAN_REASONS: dict[int, str]
+UNREADABLE: str
+BAD_VALUE: str
 
 _Key = bytes | str
 _Buffer = bytes | bytearray | memoryview
@@ -35,6 +38,7 @@ def check_segment_header(header: bytes, number: int, identity: int) -> None: ...
 def read_segment_header(header: bytes) -> tuple[int, int, bytes, int] | None: ...
 def segment_identity(header: bytes) -> int | None: ...
 def free_blocks(fd: int, offset: int, length: int) -> None: ...
+def data_end(fd: int, size: int) -> int: ...
 def filesystem_magic(fd: int) -> int: ...
 def forget_threads() -> None: ...
 
@@ -138,6 +142,10 @@ def describe(log: Log, chunk: int, start: int, stop: int) -> tuple[str, int, int
 
 @final
 class Hold: ...
+
+@final
+class Search:
+    def __new__(cls, log: Log, chunk: int, start: int, stop: int) -> Self: ...
 
 @final
 class Losses:

@@ -138,7 +138,7 @@ class _Copying:
             fd = self._open[at]
             self._open[at] = -1
             if fd >= 0:
-                os.close(fd)
+                files.close(fd)
 
     def __del__(self) -> None:
         """What could not be closed before, for lack of memory."""
@@ -195,7 +195,7 @@ class _Copying:
     def _make(self) -> dict[str, int]:
         self._clean(self.old)
         if self.old is None:
-            os.close(self.target.open(files.BACKUP_BEGUN, writable=True, create=True))
+            files.close(self.target.open(files.BACKUP_BEGUN, writable=True, create=True))
             self.target.sync()                  # before the first segment has a name
         current, state = self._hold()
         if self.old is not None and self.old.last_version > state["version"]:
@@ -255,7 +255,7 @@ class _Copying:
         if self.links and segment.sealed and self._is_free(segment) and self.target.link(self.source, segment.name):
             self._linked.add(number)
             del self._fds[number]
-            os.close(self._open.pop())
+            files.close(self._open.pop())
         return True
 
     def _is_free(self, segment: Segment) -> bool:
@@ -277,7 +277,7 @@ class _Copying:
             whole = os.fstat(fd).st_size > (segment.end or 0)
             return whole and files.read_at(fd, START, 0) == _header(segment, current)
         finally:
-            os.close(fd)
+            files.close(fd)
 
     # -- the segments -------------------------------------------------------------------------------------
 
@@ -335,7 +335,7 @@ class _Copying:
             files.sync_data(fd)
             self._sizes["linked"].append(os.fstat(fd).st_size)
         finally:
-            os.close(fd)
+            files.close(fd)
         return segment
 
     def _copy(self, segment: Segment, current: Manifest) -> Segment:
@@ -373,7 +373,7 @@ class _Copying:
             files.write_at(fd, _header(segment, current), 0)
             yield fd
         finally:
-            os.close(fd)
+            files.close(fd)
 
     # -- reading back -------------------------------------------------------------------------------------
 

@@ -413,8 +413,8 @@ def no_store(directory: files.Directory) -> Error:
     if files.BACKUP_BEGUN in directory.names():
         return FormatError(f"{directory.path} holds a backup that was not finished: back up to it again, or remove it")
     if recovery.has_records(directory):
-        return CorruptionError("the MANIFEST is missing, but there are segments", expected="a MANIFEST", found="none", fatal=True,
-                               path=os.path.join(directory.path, files.MANIFEST))
+        return CorruptionError("the MANIFEST is missing, but there are segments", expected="a MANIFEST", found="none",
+                               path=os.path.join(directory.path, files.MANIFEST), fatal=True)
     if directory.removed():
         return NotFoundError(errno.ENOENT, "the store's directory was removed while it was open; what is there now must be "
                              "opened again", directory.path)

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from logkv._core import Descriptor, filesystem_magic, free_blocks
+from logkv._core import Descriptor, data_end, filesystem_magic, free_blocks
 from logkv.errors import Error, FormatError, LockedError, NotFoundError
 
 LOCK = "LOCK"
@@ -163,7 +163,7 @@ class Directory:
                 start = _next_data(fd, start + len(piece))
             return False
         finally:
-            os.close(fd)
+            close(fd)
 
     def rename(self, old: str, new: str) -> None:
         os.rename(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
@@ -301,21 +301,21 @@ def copies_on_write(fd: int) -> bool:
     return filesystem_magic(fd) not in IN_PLACE
 
 
-def allocate(fd: int, size: int, *, whole: bool = False) -> None:
+def allocate(fd: int, size: int, *, start: int | None = None) -> None:
     """Makes the file at least `size` bytes long, really: where the file system overwrites in place, later
     stores into it cannot fail for lack of space.
 
-    `whole`: what it has already too, for a copy may have left holes where zeros were.
+    `start`: what it has already from there on too, for a copy may have left holes where zeros were.
     """
     status = os.fstat(fd)
     have = status.st_size
-    if whole and status.st_blocks * 512 < have:
-        have = 0
+    if start is not None and status.st_blocks * 512 < have:
+        have = min(start, have)
     if size > have:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(fd, have, size - have)
-        elif not whole:
-            write_at(fd, bytes(size - have), have)
+        elif size > status.st_size:
+            write_at(fd, bytes(size - status.st_size), status.st_size)
 
 
 def free_space(fd: int, start: int) -> None:
@@ -373,22 +373,22 @@ def parts_of(fd: int, start: int, stop: int) -> Iterator[bytes]:
         start += len(part)
 
 
+def last_byte(fd: int, start: int, size: int) -> int:
+    """Behind the last byte from `start` on that is not zero, in a file of this size; `start` if there is none."""
+    end = data_end(fd, size)
+    while end > start:
+        begin = max(start, end - PART)
+        if part := b"".join(parts_of(fd, begin, end)).rstrip(b"\0"):
+            return begin + len(part)
+        end = begin
+    return start
+
+
 def _page_or_zeros(fd: int, offset: int, size: int) -> bytes:
     try:
         return read_at(fd, size, offset)
     except OSError:
         return bytes(size)
-
-
-def data_end(fd: int) -> int:
-    """Behind the last byte of a file that takes room on the device: what comes after it are zeros that nobody wrote."""
-    end = at = 0
-    try:
-        while True:
-            at = os.lseek(fd, at, os.SEEK_DATA)
-            end = at = os.lseek(fd, at, os.SEEK_HOLE)
-    except OSError as problem:
-        return end if problem.errno == errno.ENXIO else os.fstat(fd).st_size
 
 
 # -- the writer's lock ------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from logkv.errors import CorruptionError
 from logkv.manifest import Manifest, Segment
 
 START = _core.SEGMENT_HEADER
-UNREADABLE = "input/output error"       # a scan ended at what the device does not give; as in `_core.SCAN_REASONS`
 UNKNOWN = 1 << 62               # the end of a segment that only a scan can find
 
 # What a damaged MANIFEST still tells: identity and seed, each segment's number and
@@ -31,7 +30,7 @@ class Found:
     identity: int
     seed: bytes
     salt: int
-    size: int
+    size: int                   # bytes of the file that may be its own
     end: int = START            # of its records
     reach: int = START          # what is behind its last whole record: a torn tail, damaged records, or a damaged footer
     footer: bool = False
@@ -71,9 +70,9 @@ def headers(directory: files.Directory, damaged: bytes = b"") -> list[Found]:
         try:
             header = _core.read_segment_header(files.read_at(fd, START, 0))
             if header is not None and header[0] == number:
-                found.append(Found(*header, os.fstat(fd).st_size))
+                found.append(Found(*header, _size_of(directory, name)))
             elif header is None:
-                others.append((number, os.fstat(fd).st_size))
+                others.append((number, _size_of(directory, name)))
         finally:
             files.close(fd)
     salts = {int(number): int(salt) % (1 << 32) for number, salt in SALT.findall(damaged)}
@@ -81,6 +80,20 @@ def headers(directory: files.Directory, damaged: bytes = b"") -> list[Found]:
     store = (found[0].identity, found[0].seed) if found else \
         (int(said[1], 16), bytes.fromhex(said[2].decode())) if said else None
     return found + [Found(number, *store, salts[number], size) for number, size in others if number in salts and store]
+
+
+def _size_of(directory: files.Directory, name: str) -> int:
+    """How much of a file may be its segment's own: a record that begins where there is data may end in a hole, which
+    reads as zeros.  0 if it is not there."""
+    try:
+        fd = directory.open(name)
+    except FileNotFoundError:
+        return 0
+    try:
+        size = os.fstat(fd).st_size
+        return min(size, _core.data_end(fd, size) + _core.RECORD_MAX)
+    finally:
+        files.close(fd)
 
 
 def read(directory: files.Directory, found: Sequence[Found]) -> None:
@@ -95,14 +108,11 @@ def read(directory: files.Directory, found: Sequence[Found]) -> None:
                 continue
             fd = directory.open(segment.name)
             try:
-                size = min(segment.size, files.data_end(fd))        # it may be long, and have nothing in it
-                if size <= START:
-                    continue
-                log.map_segment(fd, segment.number, chunk, size, size, segment.salt)
+                log.map_segment(fd, segment.number, chunk, segment.size, segment.size, segment.salt)
             finally:
                 files.close(fd)
             _read(log, chunk, segment)
-            chunk += -(-size // _core.CHUNK)
+            chunk += -(-segment.size // _core.CHUNK)
     finally:
         log.close()
 
@@ -121,7 +131,7 @@ def _read(log: _core.Log, chunk: int, segment: Found) -> None:
         if reason == "footer":
             segment.end, segment.footer = at, True
             break
-        resume = _core.next_whole(log, chunk, at if reason == UNREADABLE else at + 8, UNKNOWN)
+        resume = _core.next_whole(log, chunk, at if reason == _core.UNREADABLE else at + 8, UNKNOWN)
         if resume is None:
             rest = _core.first_nonzero(log, chunk, at, UNKNOWN)
             segment.reach = rest[1] if rest is not None else segment.end
@@ -151,7 +161,7 @@ def contradiction(directory: files.Directory, manifest: Manifest) -> str | None:
         if segment.merged and segment.intact and any(segment.first <= gone.first_version and gone.last_version <= segment.last
                                                      for gone in missing):
             return f"it names segments that were merged into {segment.name}, and not that one"
-    last = [Found(s.number, manifest.identity, manifest.seed, s.salt, directory.size(s.name)[0])
+    last = [Found(s.number, manifest.identity, manifest.seed, s.salt, _size_of(directory, s.name))
             for s in manifest.segments if not s.sealed and s.number not in {f.number for f in found if f not in ours}]
     read(directory, last)
     known = max([manifest.last_version, *(s.last_version for s in manifest.segments), *(f.last for f in last)])
@@ -205,6 +215,7 @@ def make_manifest(directory: files.Directory, old: Manifest | None, damaged: byt
     names = {name for name in directory.names() if files.segment_number(name) is not None}
     new.next_number = 1 + max(files.segment_number(name) or 0 for name in names)
     new.last_version = max([old.last_version if old else 0, *(segment.last for segment in ours)])
+    ours = [segment for segment in ours if segment.size > START]        # the others are cut short: one without records has room
     empty = [segment for segment in ours if segment.reach <= START and not segment.records]
     made.aside = sorted(names - {segment.name for segment in [*kept, *empty]})
     made.leftover = [segment.name for segment in ours if segment.name in made.aside]
@@ -229,7 +240,7 @@ def _add(new: Manifest, segment: Found, following: Found | None) -> None:
     if following is not None and following.link is not None and following.link[0] == segment.number:
         end = max(segment.end, following.link[1])
     sealed = following is not None or segment.footer
-    new.segments.append(Segment(segment.number, new.next_chunk, max(end, segment.size, _core.SEGMENT_MIN), segment.salt))
+    new.segments.append(Segment(segment.number, new.next_chunk, max(end, _core.SEGMENT_MIN), segment.salt))
     new.next_chunk += new.segments[-1].chunks
     if sealed:
         last = new.segments[-1]

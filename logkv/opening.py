@@ -179,7 +179,7 @@ class Opening(Engine):
         nonce = self.log.signs[0]
         problem = self._attach_index(trust.clean, nonce)
         if problem is None:
-            files.allocate(self._index_fd, os.fstat(self._index_fd).st_size, whole=True)
+            files.allocate(self._index_fd, os.fstat(self._index_fd).st_size, start=0)
             number, end, version = self.log.restore_state()
             segment = self.manifest.segment_numbered(number)
             if segment is None or segment.sealed:
@@ -276,8 +276,8 @@ class Opening(Engine):
             current.cuts.append([tail.version, version + 1])
         current.last_version = version
         fd = self._fd_of(tail.segment)
-        size = min(os.fstat(fd).st_size, -(-tail.segment.capacity // _core.PAGE) * _core.PAGE)
-        files.allocate(fd, size, whole=True)
+        size = min(os.fstat(fd).st_size, file_step(tail.end, tail.segment.capacity, tail.end))
+        files.allocate(fd, size, start=0)
         self.map_segment(tail.segment, size)
         self._set_active(tail.segment, size, tail.end)
         if version != tail.version or rebuilt:

@@ -94,7 +94,7 @@ def walk(engine: Engine, segment: Segment, start: int, version: int, *, trusted:
                 link = None
         stop = segment.end if segment.end is not None else link[1] if link is not None else 1 << 62
         reason, end, version, _ = _core.replay(log, segment.number, segment.chunk, start, stop, version)
-        if reason == "input/output error":
+        if reason == _core.UNREADABLE:
             raise CorruptionError("the log cannot be read", path=engine.path_of(segment.name),
                                   segment=segment.number, offset=end, expected="a record", found=reason)
         if reason == "unknown":

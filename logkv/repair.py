@@ -9,14 +9,15 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
-from logkv import _core, files, inventory, manifest, recovery
-from logkv.engine import Engine, Progress, no_store
-from logkv.errors import CorruptionError, Error, LockedError
-from logkv.inventory import START, UNKNOWN, UNREADABLE
+from logkv import _core, files, inventory, manifest
+from logkv.engine import Progress, no_store
+from logkv.errors import CorruptionError, LockedError
+from logkv.examination import Examination, State, map_control
+from logkv.inventory import START, UNKNOWN
 from logkv.manifest import Instance, Manifest, Segment
 from logkv.opening import Options, file_step
 from logkv.verification import Report, verify_directory
@@ -26,7 +27,6 @@ LISTED = 1000                   # keys of one range
 PIECES = 64                     # damaged ranges of a segment that get a file each; more are set aside as one
 SALVAGED = 64 << 20             # bytes of a damaged MANIFEST that are looked at, and set aside
 REPORT = "repair.txt"
-VALUE = _core.SCAN_REASONS[5]   # a record is whole but for its value: its key is known
 
 
 @dataclass(slots=True)
@@ -157,55 +157,6 @@ def _locked(directory: files.Directory) -> Iterator[None]:
         files.unlock(lock)
 
 
-class _NoIndex(Exception):
-    """The store's index is not to be believed."""
-
-
-class _Indexed(Engine):
-    """The store as its index has it, where that can be trusted."""
-
-    def _build_own_index(self, why: str) -> None:
-        raise _NoIndex
-
-
-@dataclass(slots=True)
-class _Damage:
-    start: int
-    stop: int
-    why: str
-    known: bool                 # what was there, as far as it counts: by the hashes of its keys
-    version: int = 0            # the last one before it
-
-
-@dataclass(slots=True)
-class _State:
-    """What was found of a segment."""
-
-    segment: Segment
-    place: int                  # in the log
-    problem: str = ""           # with the file as a whole: nothing of it can be read
-    size: int = 0
-    end: int = START            # of its records
-    footer: bool = False        # is whole
-    records: int = 0
-    first: int = 0              # versions
-    last: int = 0
-    damage: list[_Damage] = field(default_factory=list)
-    flaws: list[_Damage] = field(default_factory=list)      # header or footer: what they hold is known without them
-    totals: tuple[int, int, int, int] | None = None         # as the MANIFEST should give them
-
-    @property
-    def whole(self) -> bool:
-        return not (self.problem or self.damage or self.flaws)
-
-    @property
-    def stretches(self) -> list[tuple[int, int]]:
-        """What of its records is intact."""
-        starts = [START, *(damage.stop for damage in self.damage)]
-        stops = [*(damage.start for damage in self.damage), self.end]
-        return [(start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop]
-
-
 class _Repair:
     """One repair, while the writer's lock is held."""
 
@@ -213,9 +164,6 @@ class _Repair:
         self.directory = directory
         self.report = report
         self.progress = progress
-        self.log: _core.Log
-        self.reach = (0, 0)         # (file number, offset) that the log is known to reach,
-        self.version = 0            # and the version that it has there
         self.made = False           # the MANIFEST is made of the segments
         self.created: list[str] = []        # files that no MANIFEST names yet
         self.gone: list[Segment] = []       # that the last MANIFEST does not name any more
@@ -225,27 +173,22 @@ class _Repair:
         self.report.notes += [f"{name} was damaged: it was made anew" for name in (files.INDEX, files.CONTROL)
                               if any(problem.file == name for problem in found.problems)]
         self._take_manifest()
-        self.log = _core.Log(self, self.current.identity, self.current.seed, False)
-        try:
+        with closing(Examination(self.directory, self.current)) as self.examination:
+            self.log = self.examination.log
             self._drop_one_side_of_merges()
-            self._find_reach()
+            self.examination.find_reach(self.instance)
             sealed = [segment for segment in self.current.segments if segment.sealed]
             total = sum(self.directory.size(segment.name)[0] for segment in self.current.segments)
             done = 0
-            states: list[_State] = []
+            states: list[State] = []
             for segment in sealed:
                 self.progress(done, total)
-                states.append(self._examine_sealed(segment, len(states)))
+                states.append(self.examination.sealed(segment, len(states)))
                 done += states[-1].size
-            unsealed = self._examine_unsealed([s for s in self.current.segments if not s.sealed], len(states),
-                                              max((state.last for state in states), default=0))
+            unsealed = self.examination.unsealed([s for s in self.current.segments if not s.sealed], len(states),
+                                                 max((state.last for state in states), default=0))
             self.progress(total, total)
             self._replace(states, unsealed)
-        finally:
-            self.log.close()
-
-    def _place_of(self, location: int) -> tuple[None, None, int]:
-        return None, None, location         # what the log asks where a page cannot be read
 
     # -- the MANIFEST -----------------------------------------------------------------------------------
 
@@ -265,9 +208,9 @@ class _Repair:
                 why = f"was not that of the log: {contradiction}" if contradiction else ""
         except CorruptionError:
             why = "was damaged"
-            damaged = self.directory.read(files.MANIFEST, SALVAGED)
+            damaged = self.directory.read(files.MANIFEST, SALVAGED).rstrip(b"\0")
         if found is not None and not why:
-            self.current, self.instance = found
+            self.current, self.instance = found[0].copy(), found[1]
             return
         made = inventory.make_manifest(self.directory, found[0] if found else None, damaged)
         self.made = True
@@ -283,8 +226,8 @@ class _Repair:
             if name in made.leftover:
                 self.report.notes.append(f"{name} is no part of the log any more: it was merged or cleared, and is {saved} now")
             else:
-                self.report.lost.append(Loss(name, 0, size, "its header is damaged or another store's, and no MANIFEST says "
-                                             "how it is to be read", saved=[saved]))
+                why = "its header is damaged or another store's, and no MANIFEST says how it is to be read"
+                self.report.lost.append(Loss(name, 0, size, why if size > START else "the file is cut short", saved=[saved]))
         new = made.manifest
         self.instance = self._take_from_control(new)
         if not new.segments or new.segments[-1].sealed:
@@ -294,9 +237,9 @@ class _Repair:
 
     def _take_from_control(self, new: Manifest) -> Instance:
         """Generation and epoch, as far as the control page remembers them; the MANIFEST that it belonged to."""
-        log = _core.Log(self, new.identity, new.seed, False)
+        log = _core.Log(None, new.identity, new.seed, False)
         try:
-            self._map_control(log)
+            map_control(self.directory, log)
             said, epoch = log.trust, log.signs[1]
         finally:
             log.close()
@@ -309,14 +252,6 @@ class _Repair:
         new.generation = max([new.generation, *(noted[0] for noted in said["manifests"])])
         return Instance(-1, 0, 0)
 
-    def _map_control(self, log: _core.Log) -> None:
-        if self.directory.size(files.CONTROL)[0] >= _core.PAGE:
-            fd = self.directory.open(files.CONTROL)
-            try:
-                log.map_control(fd)
-            finally:
-                files.close(fd)
-
     def _write_manifest(self, new: Manifest) -> None:
         """Puts it in force.  No index belongs to it, so it is of another epoch: readers look for themselves, and iterators that
         are under way cannot go on."""
@@ -328,229 +263,31 @@ class _Repair:
         self.current = new
 
     def _drop_one_side_of_merges(self) -> None:
-        """Of segments that a merge is about to replace, and its output: the output; or the others, where they are whole and it is
-        not."""
+        """Of segments that a merge is about to replace, and its output: the output; or the others, where they are whole and
+        it is not."""
         current = self.current
         for output in list(current.segments):
             inputs = [segment for segment in current.segments if segment.replaced_by == output.number]
             if not inputs:
                 continue
-            if self._examine_sealed(output, 0).whole:
+            if self.examination.sealed(output, 0).whole:
                 self.gone += inputs
-            elif all(self._examine_sealed(each, 0).whole for each in inputs):
+            elif all(self.examination.sealed(each, 0).whole for each in inputs):
                 current.segments.remove(output)
                 self.gone.append(output)
                 self.report.notes.append(f"{output.name} was damaged: the segments that it was merged from are there")
                 continue
             else:
                 for name in {segment.name for segment in inputs} & set(self.directory.names()):
-                    self.report.notes.append(f"{name} was merged into {output.name}, and is {self.directory.move_aside(name)} now")
+                    saved = self.directory.move_aside(name)
+                    self.report.notes.append(f"{name} was merged into {output.name}, and is {saved} now")
             current.segments = [segment for segment in current.segments if segment not in inputs]
         for segment in current.segments:
             segment.replaced_by = 0
 
-    # -- what there is ----------------------------------------------------------------------------------
-
-    def _find_reach(self) -> None:
-        """How far the log is known to reach, by the control page of a store that was closed, or by its index."""
-        self._map_control(self.log)
-        self.reach = recovery.promised(self.log, self.instance)
-        try:
-            engine = _Indexed(self.directory.again())
-        except (_NoIndex, Error):
-            return
-        try:
-            number, end, self.version = engine.log.restore_state()
-            self.reach = max(self.reach, (number, end))
-        finally:
-            engine.close()
-
-    def _map(self, state: _State) -> bool:
-        """Whether a segment can be read; it is mapped then."""
-        segment = state.segment
-        try:
-            fd = self.directory.open(segment.name)
-        except FileNotFoundError:
-            state.problem = "the file is missing"
-            return False
-        try:
-            state.size = os.fstat(fd).st_size
-            header = files.read_at(fd, START, 0)
-            said = _core.read_segment_header(header)
-            if said is not None and said[:3] == (segment.number, self.current.identity, self.current.seed):
-                segment.salt = said[3]
-            elif said is not None:
-                state.problem = "it is a segment of another store, or another one of this"
-                return False
-            else:
-                state.flaws.append(_Damage(0, min(START, state.size), "the header is damaged", True))
-            if state.size <= START:
-                state.problem = "the file is cut short"
-                return False
-            self.log.map_segment(fd, segment.number, segment.chunk, segment.capacity, state.size, segment.salt)
-            return True
-        finally:
-            files.close(fd)
-
-    def _examine_sealed(self, segment: Segment, place: int) -> _State:
-        state = _State(segment, place, first=segment.first_version, last=segment.last_version)
-        assert segment.end is not None
-        if not self._map(state):
-            state.end = max(state.size, segment.end) if state.size else segment.end
-            return state
-        end = segment.end
-        versions = _core.read_footer(self.log, segment.chunk, end)
-        if versions is None:
-            end = self._find_footer(segment)
-            versions = _core.read_footer(self.log, segment.chunk, end)
-        if versions is None:
-            end = segment.end
-        else:
-            state.first, state.last = versions
-        state.footer = versions is not None
-        self._scan(state, end, 0)
-        if state.damage or not state.footer:
-            if not state.footer:
-                state.flaws.append(_Damage(end, max(end, state.size), "the footer is damaged", True))
-            return state
-        merged = versions if segment.merged else None
-        footer, records, first, last, tombstones = _core.build_footer(self.log, segment.chunk, end, merged)
-        fd = self.directory.open(segment.name)
-        try:
-            if files.read_at(fd, len(footer), end) != footer:
-                state.flaws.append(_Damage(end, state.size, "the footer does not list the records", True))
-        finally:
-            files.close(fd)
-        state.totals = (records, *(merged or (first, last)), tombstones)
-        return state
-
-    def _find_footer(self, segment: Segment) -> int:
-        """Where a whole one stands, or the last whole record ends."""
-        at, end = START, START
-        while True:
-            reason, at, records, *_ = _core.describe(self.log, segment.chunk, at, UNKNOWN)
-            end = at if records else end
-            if reason == "footer":
-                return at
-            resume = _core.next_whole(self.log, segment.chunk, at if reason == UNREADABLE else at + 8, UNKNOWN)
-            if resume is None:
-                return end
-            at = resume
-
-    def _scan(self, state: _State, end: int, version: int) -> None:
-        """Finds the damaged ranges of a segment's records, which reach to `end`."""
-        segment, at, state.end = state.segment, START, end
-        while at < end:
-            reason, at, version, records = _core.survey(self.log, segment.chunk, at, end, version, segment.merged)
-            state.records += records
-            if at >= end:
-                break
-            resume = self._next(state, at, reason, end)
-            self._note(state, at, end if resume is None else resume, reason, version)
-            at = end if resume is None else resume
-
-    def _next(self, state: _State, at: int, reason: str, stop: int) -> int | None:
-        """Where the next record may stand, behind a damaged one."""
-        if reason == VALUE:
-            return _core.value_end(self.log, state.segment.chunk, at)
-        return _core.next_whole(self.log, state.segment.chunk, at if reason == UNREADABLE else at + 8, stop)
-
-    def _confirm_unreadable(self, segment: Segment, start: int, stop: int) -> None:
-        """What the device cannot read is lost; what it could not read a moment ago, and now can, is not."""
-        fd = self.directory.open(segment.name)
-        try:
-            for at in range(start, stop, files.PART):
-                files.read_at(fd, min(files.PART, stop - at), at)
-        except OSError as problem:
-            if problem.errno == errno.EIO:
-                return
-            raise
-        finally:
-            files.close(fd)
-        raise Error(errno.EIO, f"the device could not read bytes {start} to {stop} of {segment.name} a moment ago, and now it can: "
-                    "nothing was changed, repair it again", self.directory.path)
-
-    def _note(self, state: _State, start: int, stop: int, reason: str, version: int) -> None:
-        if reason == UNREADABLE:
-            self._confirm_unreadable(state.segment, start, min(stop, state.size))
-        known = state.footer or reason == VALUE
-        if state.damage and state.damage[-1].stop == start and state.damage[-1].known == known and state.footer:
-            state.damage[-1].stop = stop
-            return
-        why = "records are damaged" if start < state.size else "the file is cut short"
-        state.damage.append(_Damage(start, stop, f"{why} ({reason})", known, version))
-
-    def _examine_unsealed(self, segments: Sequence[Segment], place: int, version: int) -> list[_State]:
-        """Those up to the log's end, as `recovery.walk` goes through them, but on behind damage; what a power cut may have torn
-        is no damage."""
-        states: list[_State] = []
-        for at, segment in enumerate(segments):
-            state = _State(segment, place + at, first=version + 1, last=version)
-            states.append(state)
-            behind = segments[at + 1:]
-            link = self._link_of(behind[0]) if behind else None
-            if link is not None and link[0] != segment.number:
-                link = None
-            known = segment.end if segment.end is not None else link[1] if link is not None else None
-            if not self._map(state):
-                state.end = max(known or START, state.size, self._reach_in(segment))
-            elif not self._scan_unsealed(state, known, behind):
-                break
-            version = state.last = max(state.last, link[2] if link is not None else 0)
-            if not behind or link is None and not self._has_begun(behind[0]):
-                break
-        if states[-1].damage or states[-1].problem:
-            states[-1].last = max(states[-1].last, self.version)
-        return states
-
-    def _reach_in(self, segment: Segment) -> int:
-        return self.reach[1] if self.reach[0] == segment.number else START
-
-    def _link_of(self, segment: Segment) -> tuple[int, int, int] | None:
-        return _core.read_link(self.log, segment.chunk) if self._map(_State(segment, 0)) else None
-
-    def _has_begun(self, segment: Segment) -> bool:
-        """Whether there is anything of a segment whose first record cannot be read."""
-        return self._reach_in(segment) > START or self.log.mapped(segment.chunk) > START and \
-            _core.next_whole(self.log, segment.chunk, START, UNKNOWN) is not None
-
-    def _scan_unsealed(self, state: _State, known: int | None, behind: Sequence[Segment]) -> bool:
-        """Finds the damaged ranges up to the end that is `known`, or where nothing says that there was more.  False if the log
-        ends there, whatever stands in the segments `behind`."""
-        segment, at, version = state.segment, START, state.last
-        stop = UNKNOWN if known is None else known
-        while True:
-            reason, at, version, records = _core.survey(self.log, segment.chunk, at, stop, version)
-            state.records += records
-            state.end, state.last = at, version
-            if at >= stop:
-                return True
-            if not self._went_on(segment, at, version, behind):
-                return False
-            resume = self._next(state, at, reason, stop)
-            if resume is None:
-                last = _core.first_nonzero(self.log, segment.chunk, at, stop)
-                state.end = known if known is not None else max(self._reach_in(segment), last[1] if last is not None else at)
-                if state.end > at:
-                    self._note(state, at, state.end, reason, version)
-                return True
-            self._note(state, at, resume, reason, version)
-            at = resume
-
-    def _went_on(self, segment: Segment, offset: int, version: int, behind: Sequence[Segment]) -> bool:
-        """Whether the log is known to have gone on at that place, on the device."""
-        if segment.end is not None or (segment.number, offset) < self.reach:
-            return True
-        for other in [segment, *behind]:
-            if self.log.mapped(other.chunk) > START:
-                mark = _core.find_mark(self.log, other.chunk, offset if other is segment else START, version)
-                if mark is not None and mark > (segment.number, offset):
-                    return True
-        return False
-
     # -- what becomes of it -----------------------------------------------------------------------------
 
-    def _replace(self, sealed: Sequence[_State], unsealed: Sequence[_State]) -> None:
+    def _replace(self, sealed: Sequence[State], unsealed: Sequence[State]) -> None:
         """Writes what replaces the damaged segments, and puts that in force."""
         broken = any(not state.whole for state in unsealed)
         replaced = [state for state in sealed if not state.whole] + list(unsealed if broken else [])
@@ -569,7 +306,7 @@ class _Repair:
                 self.report.rewritten.append(state.segment.name)
             self.gone += [state.segment for state in replaced]
             ahead = [s for s in new.segments if not s.sealed and all(s.number != state.segment.number for state in unsealed)]
-            if broken or not all(self._is_whole(segment) for segment in ahead):
+            if broken or not all(self.examination.is_whole(segment) for segment in ahead):
                 for segment in ahead:           # prepared, or behind the end of a log that a power cut has torn
                     self._save_torn(segment, START)
                 new.segments = [segment for segment in new.segments if segment not in ahead]
@@ -588,12 +325,7 @@ class _Repair:
             self.directory.unlink(segment.name)
         self.directory.sync()
 
-    def _is_whole(self, segment: Segment) -> bool:
-        """One that has no record yet."""
-        state = _State(segment, 0)
-        return self._map(state) and state.whole
-
-    def _compare(self, states: Sequence[_State]) -> _core.Losses:
+    def _compare(self, states: Sequence[State]) -> _core.Losses:
         """What is known of the records that are lost, and what else there is of their keys."""
         losses = _core.Losses(self.log)
         for state in states:
@@ -612,7 +344,7 @@ class _Repair:
         losses.end()
         return losses
 
-    def _correct(self, new: Manifest, state: _State) -> None:
+    def _correct(self, new: Manifest, state: State) -> None:
         """What the MANIFEST says of a segment that is whole."""
         segment = new.segment_numbered(state.segment.number)
         assert segment is not None and state.totals is not None
@@ -622,7 +354,7 @@ class _Repair:
         if said != (state.end, *state.totals) and not self.made:
             self.report.notes.append(f"what the MANIFEST said of {segment.name} was wrong")
 
-    def _rescue(self, new: Manifest, state: _State, losses: _core.Losses) -> Segment | None:
+    def _rescue(self, new: Manifest, state: State, losses: _core.Losses) -> Segment | None:
         """Writes the segment that takes the place of a damaged one; None if nothing of that is left."""
         rescue = _core.Rescue(self.log, losses, state.place, state.segment.chunk, self._stretches(state), state.last)
         if not len(rescue):
@@ -645,10 +377,10 @@ class _Repair:
         output.first_version, output.last_version = self._versions(rescue, state)
         return output
 
-    def _stretches(self, state: _State) -> list[tuple[int, int]]:
+    def _stretches(self, state: State) -> list[tuple[int, int]]:
         return [] if state.problem else state.stretches
 
-    def _parts(self, rescue: _core.Rescue, segment: Segment, state: _State) -> Iterator[bytes]:
+    def _parts(self, rescue: _core.Rescue, segment: Segment, state: State) -> Iterator[bytes]:
         """A segment's file."""
         rescue.salt = segment.salt
         yield _core.encode_segment_header(segment.number, self.current.identity, self.current.seed, segment.salt)
@@ -656,7 +388,7 @@ class _Repair:
             yield part
         yield rescue.footer(*self._versions(rescue, state))
 
-    def _versions(self, rescue: _core.Rescue, state: _State) -> tuple[int, int]:
+    def _versions(self, rescue: _core.Rescue, state: State) -> tuple[int, int]:
         return min(state.first or rescue.first_version, rescue.first_version), max(state.last, rescue.last_version)
 
     def _add_active(self, new: Manifest, capacity: int, number: int, end: int) -> None:
@@ -677,14 +409,14 @@ class _Repair:
 
     # -- what is set aside and said ---------------------------------------------------------------------
 
-    def _tell(self, state: _State, losses: _core.Losses) -> None:
+    def _tell(self, state: State, losses: _core.Losses) -> None:
         """Sets the damaged ranges of a segment aside, and says what is lost with them."""
         name, segment = state.segment.name, state.segment
         if state.problem:
-            saved = [self._save(segment, 0, state.size, "damaged")] if state.size else []
+            saved = self._save(segment, 0, state.size, "damaged")
             start = 0 if state.size else START
             self.report.lost.append(Loss(name, start, max(state.end, start), state.problem, versions=(state.first, state.last),
-                                         saved=saved))
+                                         saved=[saved] if saved else []))
             return
         older = self._save_older(state, losses)
         ranges = [*state.damage, *state.flaws]
@@ -707,11 +439,13 @@ class _Repair:
 
     def _save(self, segment: Segment, start: int, stop: int, what: str) -> str:
         """Sets a range of a segment's file aside; "" if there is nothing."""
-        stop = min(stop, self.directory.size(segment.name)[0])
-        if start >= stop:
+        size, _ = self.directory.size(segment.name)
+        if start >= size:
             return ""
         fd = self.directory.open(segment.name)
         try:
+            if stop >= size and (stop := files.last_byte(fd, start, size)) == start:
+                return ""
             return self.directory.save_aside(f"{segment.name}.{start}-{stop}.{what}", partial(files.parts_of, fd, start, stop))
         finally:
             files.close(fd)
@@ -723,7 +457,7 @@ class _Repair:
             if rest is not None:
                 self._save(segment, end, rest[1], "torn")
 
-    def _save_older(self, state: _State, losses: _core.Losses) -> str:
+    def _save_older(self, state: State, losses: _core.Losses) -> str:
         """Sets the older values of keys aside whose newest is lost, as a segment of its own; "" if there are none."""
         def rescue() -> _core.Rescue:
             return _core.Rescue(self.log, losses, state.place, state.segment.chunk, None, state.last)

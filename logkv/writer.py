@@ -19,7 +19,7 @@ from logkv.compaction import Compactor
 from logkv.engine import Engine, Progress
 from logkv.errors import ClosedError, CorruptionError, Error, ReadOnlyError
 from logkv.manifest import Manifest, Segment
-from logkv.opening import LARGEST_STEP, START, Opening, Options, file_step
+from logkv.opening import FIRST_STEP, LARGEST_STEP, START, Opening, Options, file_step
 from logkv.worker import Worker
 
 LARGE_INDEX = 4     # how many times larger than needed an index is built anew
@@ -107,14 +107,15 @@ class Writing(Opening):
 
     def _grow_file(self, needed: int, largest: int) -> None:
         fd = self._fds[self._active.number].fd
-        have = os.fstat(fd).st_size
+        have = self.log.allocated       # the file may be longer, with holes
+        size = file_step(have, self._active.capacity, needed, largest)
         try:
-            files.allocate(fd, file_step(have, self._active.capacity, needed, largest))
+            files.allocate(fd, size, start=have)
         except OSError as problem:
             if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            files.allocate(fd, -(-needed // _core.PAGE) * _core.PAGE)   # less may still fit
-        size = os.fstat(fd).st_size
+            size = -(-needed // _core.PAGE) * _core.PAGE
+            files.allocate(fd, size, start=have)        # less may still fit
         self.map_segment(self._active, size)
         _core.set_allocated(self.log, self._active.chunk, min(size, self._active.capacity))
 
@@ -158,9 +159,8 @@ class Writing(Opening):
         segment = self._successor()
         assert segment is not None
         fd = self._fd_of(segment)
-        files.allocate(fd, file_step(os.fstat(fd).st_size, segment.capacity, START + _core.CONTINUES_SIZE + need))
-        size = os.fstat(fd).st_size
-        files.allocate(fd, size, whole=True)
+        size = file_step(FIRST_STEP, segment.capacity, START + _core.CONTINUES_SIZE + need)
+        files.allocate(fd, size, start=0)
         self.map_segment(segment, size)
         _core.switch_segment(self.log, fd, segment.number, segment.chunk, segment.capacity, min(size, segment.capacity))
 

@@ -236,6 +236,23 @@ def test_copies_only(source: logkv.Store, dest: Path) -> None:
     assert source.backup(dest, links=False).kept >= made.copied - 2
 
 
+def test_a_close_that_fails_says_nothing_new(source: logkv.Store, dest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written is on the device by then."""
+    real, closed = os.close, []
+
+    def close(fd: int) -> None:
+        real(fd)
+        closed.append(fd)
+        raise OSError(errno.EIO, "injected")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "close", close)
+        for links in (True, False):
+            source.backup(dest, links=links)
+    with logkv.Reader(dest) as made:
+        assert len(closed) > 10 and dict(made) == dict(source)
+
+
 def test_copies_in_place_of_links_that_were_there(source: logkv.Store, dest: Path) -> None:
     source.backup(dest)
     for _ in range(3):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import struct
 import subprocess
 import sys
+import tempfile
+import time
 
 import pytest
 
@@ -49,3 +52,62 @@ def test_index_pages() -> None:
     assert _core.index_pages(0, 1) == 4
     for keys in (100, 1_000, 10_000, 100_000, 1_000_000, 20_000_000):
         assert 8 * keys < _core.index_pages(keys, 1) * _core.PAGE <= max(40 * keys, 4 * _core.PAGE)
+
+
+def mapped(data: bytes, salt: int) -> _core.Log:
+    """A log with these bytes as its segment."""
+    log = _core.Log(None, 1, bytes(16), False)
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        log.map_segment(file.fileno(), 1, 0, len(data), len(data), salt)
+    return log
+
+
+def all_whole(log: _core.Log) -> list[int]:
+    found, at = [], _core.SEGMENT_HEADER
+    while (whole := _core.next_whole(log, 0, at, 1 << 62)) is not None:
+        found.append(whole)
+        at = whole + 8
+    return found
+
+
+@pytest.mark.parametrize("key, value", [(65_535, 4_096), (65_535, 5_000), (60_001, 0), (5_003, 77), (300, 4_096),
+                                        (20, 1)])
+def test_a_search_finds_each_whole_record_among_what_looks_like_some(key: int, value: int) -> None:
+    """Behind so much that checksums are made of others, too; records of all lengths, and none that is damaged."""
+    rng = random.Random(key + value)
+    data = bytearray(_core.SEGMENT_HEADER)
+    claim = struct.pack("<HBBI", key, 1, 2 if value > 4_096 else 0, value)      # at each multiple of 8
+    planted = []
+    for version in range(1, 60):
+        data += claim * rng.choice((1, 100, 30_000))
+        if version % 7 == 0:
+            data += bytes(8 * rng.randrange(20_000))
+        record = _core.encode_record(1, version, rng.randbytes(rng.choice((1, 30, 3_000, key))),
+                                     rng.randbytes(rng.choice((0, 9, 4_096, 4_097, 30_000))), 5, len(data))
+        if version % 3 == 0:
+            record = record[:20] + bytes((record[20] ^ 1,)) + record[21:]
+        else:
+            planted.append(len(data))
+        data += record
+    highest = version - (version % 3 == 0)
+    log = mapped(bytes(data), 5)
+    assert all_whole(log) == planted
+    assert _core.find_record(log, 0, _core.SEGMENT_HEADER, highest - 1) == highest
+    assert _core.find_record(log, 0, _core.SEGMENT_HEADER, highest) is None
+    log.close()
+
+
+def test_a_search_costs_no_more_for_the_lengths_that_are_claimed() -> None:
+    """At each of the places a record may begin that is 8,000 times as long as what stands between them."""
+    data = struct.pack("<HBBI", 65_535, 1, 0, 4_096) * (1 << 18)
+    log = mapped(bytes(_core.SEGMENT_HEADER) + data, 5)
+    began = time.process_time()
+    assert _core.find_record(log, 0, _core.SEGMENT_HEADER, 0) is None
+    searched = time.process_time() - began
+    began = time.process_time()
+    for _ in range(100):
+        _core.checksum(data)
+    assert searched < 20 * (time.process_time() - began)
+    log.close()

@@ -325,7 +325,8 @@ def test_a_store_where_lost_and_found_is(path: str) -> None:
         assert dict(db) == {b"a": b"1"} and _core.FORMAT == 0
 
 
-@pytest.mark.parametrize("wrong", [{"timeout": None}, {"timeout": "1"}, {"timeout": float("nan")}, {"timeout": -1}, {"mode": "rb"}])
+@pytest.mark.parametrize("wrong", [{"timeout": None}, {"timeout": "1"}, {"timeout": float("nan")}, {"timeout": -1},
+                                   {"mode": "rb"}])
 def test_wrong_arguments_leave_nothing(path: str, wrong: dict[str, object]) -> None:
     with pytest.raises((TypeError, ValueError), match="timeout|mode"):
         logkv.open(path, **wrong)       # type: ignore[arg-type]
@@ -333,8 +334,9 @@ def test_wrong_arguments_leave_nothing(path: str, wrong: dict[str, object]) -> N
 
 
 def test_waiting_for_one_store_does_not_hold_up_another(tmp_path: Path) -> None:
-    holder = subprocess.Popen([sys.executable, "-c", "import logkv, sys, time\ndb = logkv.open(sys.argv[1])\nprint(flush=True)\n"
-                               "sys.stdin.read()\ndb.close()", str(tmp_path / "a")], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    code = "import logkv, sys\ndb = logkv.open(sys.argv[1])\nprint(flush=True)\nsys.stdin.read()\ndb.close()"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "a")], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE)
     assert holder.stdin is not None and holder.stdout is not None
     holder.stdout.readline()
     waiting = threading.Thread(target=lambda: logkv.open(tmp_path / "a", timeout=30).close())

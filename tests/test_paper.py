@@ -73,20 +73,20 @@ def after_power_cuts(recorder: Recorder, path: Path, *, names: bool) -> Iterator
 
 @pytest.mark.parametrize("names", [False, True])
 def test_a_merge_drops_what_an_unsynced_write_superseded(path: Path, names: bool) -> None:
-    """a=1 was synced, a=2 was not: a power cut takes a=2, and the merge must not have taken a=1."""
+    """The first value was synced, a=2 was not: a power cut takes that, and the merge must not have taken the first."""
     path.mkdir()
     db = opened(path)
-    db["a"], db["b"] = "1", "1"
+    db["a"], db["b"] = "first value", "1"
     rotate(db)
     db.sync()
     with Recorder(path) as recorder:
         db["a"] = "2"
         merge(db, 0, 0)
-    assert b"a1" not in records_of(path, engine_of(db).manifest.segments[0].number)     # it did drop it
+    assert b"afirst value" not in records_of(path, engine_of(db).manifest.segments[0].number)     # it did drop it
     db.close()
     found = list(after_power_cuts(recorder, path.with_name("cut"), names=names))
-    assert all(each in ({b"a": b"1", b"b": b"1"}, {b"a": b"2", b"b": b"1"}) for each in found)
-    assert found[0][b"a"] == b"1" and found[-1][b"a"] == b"2"
+    assert all(each in ({b"a": b"first value", b"b": b"1"}, {b"a": b"2", b"b": b"1"}) for each in found)
+    assert found[0][b"a"] == b"first value" and found[-1][b"a"] == b"2"
 
 
 def test_a_tombstone_in_a_lower_file_than_the_older_put(path: Path) -> None:
@@ -107,10 +107,10 @@ def test_no_merge_behind_a_segment_that_cannot_be_sealed(path: Path, monkeypatch
     """It has no footer that tells of its put, so the tombstone behind it stays."""
     allocate = files.allocate
 
-    def no_room_for_a_footer(fd: int, size: int, *, whole: bool = False) -> None:
+    def no_room_for_a_footer(fd: int, size: int, *, start: int | None = None) -> None:
         if size % 4096:
             raise OSError(errno.ENOSPC, "No space left on device")
-        allocate(fd, size, whole=whole)
+        allocate(fd, size, start=start)
 
     db = opened(path)
     db["gone"], db["kept"] = "1", "1"

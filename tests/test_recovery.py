@@ -415,7 +415,8 @@ def test_a_failed_sync_poisons_the_writer(path: str, tmp_path: Path, monkeypatch
     assert dict(reader) == expected
     synced: list[bytes] = []
     real = files.sync_data
-    monkeypatch.setattr(files, "sync_data", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}").encode()), real(fd))[1])
+    monkeypatch.setattr(files, "sync_data", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}").encode()),
+                                                        real(fd))[1])
     with logkv.open(path, compaction="manual") as db:   # else the old segment, of which nothing is alive, may be gone
         assert dict(db) == expected == dict(reader)
         assert segments(path)[-1].name == "0000000002.seg" and any(b"0000000002.seg" in name for name in synced)
@@ -739,10 +740,10 @@ def test_a_put_waits_for_sealing_and_gets_its_error(path: str, monkeypatch: pyte
     with logkv.open(path, segment_size=SEGMENT) as db:
         real = files.allocate
 
-        def full(fd: int, size: int, *, whole: bool = False) -> None:
+        def full(fd: int, size: int, *, start: int | None = None) -> None:
             if size > SEGMENT:
                 raise OSError(28, "No space left on device")
-            real(fd, size, whole=whole)
+            real(fd, size, start=start)
 
         monkeypatch.setattr(files, "allocate", full)
         with pytest.raises(logkv.Error, match="No space left"):

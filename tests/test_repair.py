@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,26 @@ def test_a_segment_that_is_missing_beside_the_manifest(sample: Sample, quick_dir
         assert {loss.file for loss in repaired(path, sample).lost} == {sample.sealed[1]}
 
 
+@pytest.mark.parametrize("size", [0, 16, 64])
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_segment_of_a_header_alone_and_a_damaged_manifest(sample: Sample, quick_dir: Path, size: int, alone: bool) -> None:
+    """What the MANIFEST still tells of it does not make it one without records."""
+    path = quick_dir / "copy"
+    if alone:
+        with logkv.open(path) as db:
+            db["key"] = "value"
+    else:
+        sample.copy(path)
+    file = path / ("0000000001.seg" if alone else sample.sealed[1])
+    data = (path / "MANIFEST").read_bytes()
+    (path / "MANIFEST").write_bytes(flip(data.index(b'"generation": ') + 14)(data))
+    os.truncate(file, size)
+    report = logkv.repair(path)
+    assert file.name in {loss.file for loss in report.lost} and logkv.verify(path).ok
+    if not alone:
+        assert set(content(path).items()) <= {(record.key, record.value) for record in sample.log}
+
+
 def test_an_older_manifest(quick_dir: Path) -> None:
     store, path = Sample(quick_dir / "store", steps=300), quick_dir / "store"
     old = (path / "MANIFEST").read_bytes()
@@ -250,6 +271,128 @@ def test_the_manifest_of_another_store(sample: Sample, quick_dir: Path) -> None:
     path = sample.copy(quick_dir / "copy", MANIFEST=lambda data: (quick_dir / "other" / "MANIFEST").read_bytes())
     report = repaired(path, sample)
     assert report.ok and any("another store" in note for note in report.notes)
+
+
+# -- files that are longer than what is in them ---------------------------------------------------------------------
+
+LONG = 1 << 40
+ROOM = 32 << 20                 # bytes that a store may come to take meanwhile
+LIMITED = """if True:
+    import resource, sys
+    import logkv
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 20, 64 << 20))     # or all of a long file could be allocated
+    resource.setrlimit(resource.RLIMIT_CPU, (60, 60))                   # or all of it read
+    path, other, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+"""
+USED = """
+    assert logkv.verify(path).ok
+    with logkv.Reader(path) as reader:
+        assert len(dict(reader)) == count and reader.stats()["keys"] == count
+        reader.backup(other)
+    assert logkv.verify(other).ok
+    with logkv.open(path, compaction="manual") as db:
+        for number in range(200):
+            db["new"] = bytes(1000)         # goes on in the next segment
+        db.sync()
+        db.compact()
+    with logkv.open(path) as db:
+        assert len(db) == count + 1
+    assert not logkv.repair(path).changed
+"""
+REPAIRED = """
+    assert not logkv.verify(path).ok
+    report = logkv.repair(path)
+    assert report.ok and report.changed and report.keys == count, report
+"""
+
+
+def taken(path: Path) -> int:
+    """Bytes that the files below a directory take on the device."""
+    total = 0
+    for file in path.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += file.lstat().st_blocks * 512
+    return total
+
+
+def within_room(path: Path, code: str, keys: int) -> None:
+    """Runs code with a store, in a process that is ended when the files there and beside it take too much room."""
+    with subprocess.Popen([sys.executable, "-c", LIMITED + code, path, path.parent / "other", str(keys)],
+                          stderr=subprocess.PIPE, text=True) as process:
+        while True:
+            try:
+                _, said = process.communicate(timeout=0.05)
+                break
+            except subprocess.TimeoutExpired:
+                if taken(path.parent) > ROOM:
+                    process.kill()
+    assert process.returncode == 0, said
+    assert taken(path.parent) < ROOM, "a hole was filled"
+
+
+@pytest.mark.parametrize("index", [True, False])
+@pytest.mark.parametrize("end", [b"", b"far away"])
+@pytest.mark.parametrize("which", ["sealed", "active", "last", "all", "index", "control", "LOCK"])
+def test_long_files_take_no_room(sample: Sample, quick_dir: Path, which: str, end: bytes, index: bool) -> None:
+    """As an error of the file system may leave them: with a wrong size, and perhaps a block at the end."""
+    if which in ("index", "control") and not index:
+        return
+    segments = [name for name in sorted(sample.files) if name.endswith(".seg")]
+    chosen = {"sealed": sample.sealed[:1], "active": [sample.active], "last": segments[-1:],
+              "all": segments}.get(which, [which])
+    for garbage in (False, True):
+        place = quick_dir / str(garbage)
+        place.mkdir()
+        path = sample.copy(place / "store", **({} if index else {"index": missing, "control": missing}),
+                           **({"MANIFEST": lambda data: NOISE[:300]} if garbage else {}))
+        for name in chosen:
+            os.truncate(path / name, LONG - len(end))
+            with open(path / name, "ab") as file:
+                file.write(end)
+        repair = garbage or which == "index"
+        within_room(path, REPAIRED + USED if repair else USED, len(sample.content()))
+
+
+def test_a_lone_long_segment_and_no_manifest(quick_dir: Path) -> None:
+    path = quick_dir / "store"
+    with logkv.open(path) as db:
+        db.update({f"key {number}": "value" for number in range(100)})
+    os.truncate(path / "0000000001.seg", LONG)
+    (path / "MANIFEST").write_bytes(NOISE[:300])
+    within_room(path, REPAIRED + USED, 100)
+
+
+@pytest.mark.parametrize("what", ["header", "record", "footer", "other", "MANIFEST"])
+def test_what_is_set_aside_of_a_long_file_takes_no_room(sample: Sample, quick_dir: Path, what: str) -> None:
+    first, second = sample.sealed[:2]
+    data = sample.files[first]
+    change = {"header": flip(20), "record": flip(300), "footer": flip(len(data.rstrip(b"\0")) - 30),
+              "other": lambda data: sample.files[second], "MANIFEST": bytes}[what]
+    path = sample.copy(quick_dir / "store", **{first[:-4]: change})
+    os.truncate(path / (what if what == "MANIFEST" else first), LONG)
+    within_room(path, """
+    logkv.repair(path)
+    assert logkv.verify(path).ok
+""", 0)
+    aside = [file for file in (path / "lost+found").iterdir() if file.suffix == ".damaged"]
+    assert len(aside) == 1 and aside[0].stat().st_size < 2 * len(data)
+    after = change(sample.files["MANIFEST" if what == "MANIFEST" else first])
+    assert after is not None and aside[0].read_bytes().rstrip(b"\0") in after
+
+
+def test_a_record_that_ends_in_a_hole(quick_dir: Path) -> None:
+    """As a copy leaves it that makes holes of zeros: they are the value's."""
+    path = quick_dir / "store"
+    with logkv.open(path, segment_size=64 << 20) as db:
+        db["a"], db["long"] = "1", bytes(40 << 20)
+    (path / "MANIFEST").unlink()
+    file = path / "0000000001.seg"
+    head = file.read_bytes()[:4096]
+    with open(file, "wb") as out:
+        out.write(head)
+        out.truncate(64 << 20)
+    assert logkv.repair(path).ok
+    assert content(path) == {b"a": b"1", b"long": bytes(40 << 20)}
 
 
 # -- merges -------------------------------------------------------------------------------------------------------

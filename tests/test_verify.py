@@ -331,7 +331,8 @@ def test_many_problems_are_counted_and_not_all_listed(path: str) -> None:
     assert len(report.problems) == 1001 and report.problems[-1].message == "1,000 more problems are not listed"
 
 
-def test_a_writer_that_died_before_its_last_record_was_in_the_index(path: str, in_child: Callable[[Callable[[], None]], int]) -> None:
+def test_a_writer_that_died_before_its_last_record_was_in_the_index(
+        path: str, in_child: Callable[[Callable[[], None]], int]) -> None:
     def die() -> None:
         db = logkv.open(path)
         for number in range(100):

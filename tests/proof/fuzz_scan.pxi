@@ -120,7 +120,7 @@ cdef class Fuzz:
             memset(self.segment + size, 0, SEGMENT_HEADER_BYTES - size)
         log.identity = header.identity
         memcpy(log.seed, header.seed, 16)
-        m.limit, m.salt, m.entries, m.count, m.row = size, header.salt, NULL, 0, &log.nowhere
+        m.limit, m.data, m.salt, m.entries, m.count, m.row = size, size, header.salt, NULL, 0, &log.nowhere
         fuzz_poison(m.base + size, SHARED_BYTES - size)
         return 0
 
