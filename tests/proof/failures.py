@@ -25,6 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -47,6 +48,9 @@ Act = Callable[[], object]
 ONE_CASE = 20           # seconds, after which it hangs
 BATCH = 400             # cases of one process
 TOGETHER = 32           # allocations that fail one by one before all is looked at
+
+# Without the GIL CPython has an allocator of its own, and takes no other: only system calls can fail there.
+ALLOCATOR = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"PYTHONMALLOC": "malloc"}
 
 # -- the shim ----------------------------------------------------------------------------------------------------
 
@@ -1676,7 +1680,7 @@ def run(seconds: float, seed: int = 1, *, share: tuple[int, int] = (0, 1), what:
             left -= seconds / 2 if not what and kind == "calls" else 0
             done = subprocess.run(
                 [sys.executable, "-m", "tests.proof.failures", "--child", json.dumps([kind, root, seed, left, share, only])],
-                env={**os.environ, "LD_PRELOAD": library, "PYTHONMALLOC": "malloc", "PYTHONFAULTHANDLER": "1"},
+                env={**os.environ, "LD_PRELOAD": library, "PYTHONFAULTHANDLER": "1", **ALLOCATOR},
                 stdout=subprocess.PIPE, text=True, check=True)
             said = json.loads(done.stdout)
             for name, number in said["counted"].items():
