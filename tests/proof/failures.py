@@ -1680,7 +1680,8 @@ def run(seconds: float, seed: int = 1, *, share: tuple[int, int] = (0, 1), what:
             left -= seconds / 2 if not what and kind == "calls" else 0
             done = subprocess.run(
                 [sys.executable, "-m", "tests.proof.failures", "--child", json.dumps([kind, root, seed, left, share, only])],
-                env={**os.environ, "LD_PRELOAD": library, "PYTHONFAULTHANDLER": "1", **ALLOCATOR},
+                env={**os.environ, "LD_PRELOAD": f"{library} {os.environ.get('LD_PRELOAD', '')}",
+                     "PYTHONFAULTHANDLER": "1", **ALLOCATOR},
                 stdout=subprocess.PIPE, text=True, check=True)
             said = json.loads(done.stdout)
             for name, number in said["counted"].items():

@@ -268,15 +268,18 @@ static int no_memory(size_t size) {
 }
 
 extern void *__libc_malloc(size_t), *__libc_calloc(size_t, size_t), *__libc_realloc(void *, size_t), *__libc_memalign(size_t, size_t);
+__attribute__((weak)) extern void *__interceptor_malloc(size_t), *__interceptor_calloc(size_t, size_t),
+    *__interceptor_realloc(void *, size_t), *__interceptor_memalign(size_t, size_t);    /* a sanitizer's, where there is one */
+#define BEHIND(name) (__interceptor_##name ? __interceptor_##name : __libc_##name)
 
-void *malloc(size_t size) { return no_memory(size) ? NULL : __libc_malloc(size); }
-void *calloc(size_t n, size_t size) { return no_memory(n * size) ? NULL : __libc_calloc(n, size); }
-void *realloc(void *old, size_t size) { return no_memory(size) ? NULL : __libc_realloc(old, size); }
-void *memalign(size_t alignment, size_t size) { return no_memory(size) ? NULL : __libc_memalign(alignment, size); }
+void *malloc(size_t size) { return no_memory(size) ? NULL : BEHIND(malloc)(size); }
+void *calloc(size_t n, size_t size) { return no_memory(n * size) ? NULL : BEHIND(calloc)(n, size); }
+void *realloc(void *old, size_t size) { return no_memory(size) ? NULL : BEHIND(realloc)(old, size); }
+void *memalign(size_t alignment, size_t size) { return no_memory(size) ? NULL : BEHIND(memalign)(alignment, size); }
 void *aligned_alloc(size_t alignment, size_t size) { return memalign(alignment, size); }
 
 int posix_memalign(void **to, size_t alignment, size_t size) {
     if (no_memory(size)) return ENOMEM;
-    *to = __libc_memalign(alignment, size);
+    *to = BEHIND(memalign)(alignment, size);
     return *to ? 0 : ENOMEM;
 }
