@@ -172,6 +172,7 @@ cdef int copy_rows(Index *ix, segment_row **rows, uint64_t *room, Trouble *t) no
     t.place = count
     if count > room[0]:
         return NEED_PAGES
-    memcpy(rows[0], ix.base + ROWS_PAGE(word) * PAGE_BYTES, count * sizeof(segment_row))
+    relaxed_copy(<uint64_t *> rows[0], <uint64_t *> (ix.base + ROWS_PAGE(word) * PAGE_BYTES),
+                 count * sizeof(segment_row) // sizeof(uint64_t))
     acquire_fence()
     return FOUND if atomic_load(&ix.page.rows) == word else CHANGED

@@ -396,7 +396,8 @@ cdef int swing_slot(Log log, Mapped *m, footer_entry *e, uint64_t old, Trouble *
     touch_shard(log, shard)
     atomic_store(slot, (e.hash >> TAG_SHIFT << TAG_SHIFT) | location)
     release_fence()
-    m.row.live, from_.row.live = note.live, note.previous_live
+    relaxed_store(&m.row.live, note.live)
+    relaxed_store(&from_.row.live, note.previous_live)
     atomic_store(&note.location, 0)
     return FOUND
 

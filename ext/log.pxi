@@ -504,7 +504,7 @@ cdef class Log:
         if self.full_disk():
             return
         cdef control_manifest *m = &self.control.manifest[coming]
-        m.generation = 0
+        atomic_store(&m.generation, 0)
         atomic_store(&m.inode, inode)
         atomic_store(&m.ctime, ctime)
         atomic_store(&m.noted, clock_ns())

@@ -199,9 +199,9 @@ cdef inline void apply_put(Log log, Probe *p, int found, uint64_t h, uint64_t lo
         claim_slot(log, p)
     commit(log, number, end, version, p.slot, (h >> TAG_SHIFT << TAG_SHIFT) | location, previous, live, previous_live)
     release_fence()             # a change that is not published is made again, and counted then
-    row.live = live
+    relaxed_store(&row.live, live)
     if other != row:
-        other.live = previous_live
+        relaxed_store(&other.live, previous_live)
 
 
 cdef inline void apply_delete(Log log, Probe *p, uint64_t location, uint64_t number, uint64_t end,
@@ -214,7 +214,7 @@ cdef inline void apply_delete(Log log, Probe *p, uint64_t location, uint64_t num
     touch_shard(log, p.shard)
     commit(log, number, end, version, p.slot, value, p.slot[0], previous_live if other == row else row.live, previous_live)
     release_fence()
-    other.live = previous_live
+    relaxed_store(&other.live, previous_live)
     if value == SLOT_EMPTY:
         relaxed_store(&(<shard_header *> p.shard).used, (<shard_header *> p.shard).used - 1)
 

@@ -229,8 +229,9 @@ class Writing(Opening):
                                               expected=f"what continues segment {segment.number}", found=str(link))
                     end = link[1]
                 dead = segment is self.manifest.segments[0] and self.compactor.is_dead(segment)
+                behind = [self._fd_of(each) for each in [*self.full_segments()[1:], self._active]]
             if dead:
-                self._drop_dead(segment, following_fd)
+                self._drop_dead(segment, behind)
                 return
             with self.holding(self._sync_lock):
                 self._sync_fd(fd)
@@ -253,11 +254,12 @@ class Writing(Opening):
                     self.log.note_durable(following.number, START)
         self._request_compaction()
 
-    def _drop_dead(self, segment: Segment, following_fd: int) -> None:
+    def _drop_dead(self, segment: Segment, behind: Sequence[int]) -> None:
         """The oldest segment, of which nothing is alive, needs no footer: nothing older can come back without it.  What made
-        it dead, all of it in the segment that follows, must be on the device."""
+        it dead, in any of the segments behind it (after failed syncs there are several), must be on the device."""
         with self.holding(self._sync_lock):
-            self._sync_fd(following_fd)
+            for fd in behind:
+                self._sync_fd(fd)
         with self.holding(self._sync_lock), self.holding(self.lock):
             self.check_open()
             self.forget([segment])

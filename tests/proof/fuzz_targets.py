@@ -179,7 +179,7 @@ def change_manifest(data: bytes, rng: random.Random) -> bytes:
                                               b"\xff\xfe", b"", change_bytes(body, rng)]))
     try:
         fields = json.loads(body)
-    except ValueError:              # it was changed before
+    except (ValueError, RecursionError):        # it was changed before
         return change_bytes(data, rng)
     for _ in range(rng.choice((1, 1, 2, 3))):
         fields = change_json(fields, rng)
