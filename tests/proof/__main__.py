@@ -115,9 +115,9 @@ class Check(NamedTuple):
 
 
 CHECKS = {
-    "crash": Check(power_cuts, 2, 500), "kill": Check(kills, 2, 147), "calls": Check(failing("calls"), 2, 150),
-    "allocations": Check(failing("allocations"), 2, 143), "flips": Check(flipped_bits, 2, 122), "fuzz": Check(fuzzing, 1, 82),
-    "machine": Check(steps, 2, 30), "repair": Check(repaired, 1, 9), "backup": Check(backed_up, 1, 9),
+    "crash": Check(power_cuts, 2, 506), "kill": Check(kills, 2, 156), "calls": Check(failing("calls"), 2, 119),
+    "allocations": Check(failing("allocations"), 2, 142), "flips": Check(flipped_bits, 2, 136), "fuzz": Check(fuzzing, 1, 85),
+    "machine": Check(steps, 2, 29), "repair": Check(repaired, 1, 9), "backup": Check(backed_up, 1, 9),
     "planted": Check(planted_bugs, 1, 8),
 }
 
