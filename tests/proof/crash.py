@@ -51,7 +51,7 @@ from tests.proof.workloads import WORKLOADS, record
 
 LIMIT = 1500                    # states of one run of a workload
 NEW = 0.25                      # of the states that are drawn; where it is less another run has more
-KILLED = 0.04                   # deaths of the process that are tried, to a state of a power cut
+KILLED = 0.02                   # deaths of the process that are tried, to a state of a power cut
 WRITTEN_TO = 0.05, 0.2          # so many recoveries that cut nothing off (of whole files, of some in part) are appended to
                                 # and opened again; those that cut something off are always
 DEPTH = 2                       # power cuts during the recovery from one, during the recovery from that

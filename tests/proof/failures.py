@@ -1691,7 +1691,7 @@ def run(seconds: float, seed: int = 1, *, share: tuple[int, int] = (0, 1), what:
             done = subprocess.run(
                 [sys.executable, "-m", "tests.proof.failures", "--child", json.dumps([kind, root, seed, left, share, only])],
                 env={**os.environ, "LD_PRELOAD": f"{library} {os.environ.get('LD_PRELOAD', '')}",
-                     "PYTHONFAULTHANDLER": "1", **ALLOCATOR},
+                     "PYTHONFAULTHANDLER": "1", **(ALLOCATOR if kind == "allocations" else {})},
                 stdout=subprocess.PIPE, text=True, check=True)
             said = json.loads(done.stdout)
             for name, number in said["counted"].items():
