@@ -381,6 +381,8 @@ def attach_index(Log log, int fd, uint64_t size, uint64_t epoch, uint64_t nonce,
 cdef enum:
     LONGER = 16                 # times what the header says: more is no growth that was interrupted
 
+cdef uint64_t NO_ENTRY = <uint64_t> -1      # of a directory
+
 
 cdef bint are_apart(Extent *extents, uint64_t count) noexcept nogil:
     cdef uint64_t i
@@ -395,7 +397,7 @@ cdef str why_not(Log log, uint8_t *base, uint64_t pages, uint64_t epoch, uint64_
                  uint64_t *unchecked):
     """What is wrong with an index, or None; counts the shards whose checksums are still to be compared."""
     cdef index_header *header = <index_header *> base
-    cdef uint64_t word = atomic_load(&header.directory), rows = atomic_load(&(<index_page *> base).rows), i, entry, last = 0
+    cdef uint64_t word = atomic_load(&header.directory), rows = atomic_load(&(<index_page *> base).rows), i, entry, last = NO_ENTRY
     cdef unsigned depth = DIRECTORY_DEPTH(word)
     cdef uint64_t *directory
     cdef Extent *extents
@@ -437,7 +439,7 @@ cdef str why_not(Log log, uint8_t *base, uint64_t pages, uint64_t epoch, uint64_
     free(extents)
     if not apart:
         return "two parts of it share pages"
-    last = 0
+    last = NO_ENTRY
     for i in range(<uint64_t> 1 << depth):
         entry = atomic_load(directory + i)
         if entry == last:

@@ -109,6 +109,14 @@ def test_parts_of_an_index_that_share_pages(killed: Callable[[int, bytes], str])
         assert store.stats()["recovery"]["index"] == "rebuilt" and len(store) == 20
 
 
+def test_a_directory_of_zeros(killed: Callable[[int, bytes], str]) -> None:
+    """Each of its shards would be the page with the state, in which the next put would not stay."""
+    with logkv.open(killed(2 << 12, bytes(8))) as store:
+        assert store.stats()["recovery"]["index"] == "rebuilt" and len(store) == 20
+        store["more"] = "value"
+        assert store["more"] == b"value"
+
+
 @pytest.mark.parametrize("name", ["MANIFEST", "index", "0000000001.seg"])
 def test_a_long_file_with_nothing_in_it(name: str, path: str) -> None:
     with logkv.open(path) as store:

@@ -115,9 +115,9 @@ class Check(NamedTuple):
 
 
 CHECKS = {
-    "crash": Check(power_cuts, 2, 511), "kill": Check(kills, 2, 150), "calls": Check(failing("calls"), 2, 123),
-    "allocations": Check(failing("allocations"), 2, 139), "flips": Check(flipped_bits, 2, 144), "fuzz": Check(fuzzing, 1, 86),
-    "machine": Check(steps, 2, 30), "repair": Check(repaired, 1, 5), "backup": Check(backed_up, 1, 5),
+    "crash": Check(power_cuts, 2, 515), "kill": Check(kills, 2, 153), "calls": Check(failing("calls"), 2, 119),
+    "allocations": Check(failing("allocations"), 2, 136), "flips": Check(flipped_bits, 2, 150), "fuzz": Check(fuzzing, 1, 82),
+    "machine": Check(steps, 2, 30), "repair": Check(repaired, 1, 4), "backup": Check(backed_up, 1, 4),
     "planted": Check(planted_bugs, 1, 7),
 }
 
