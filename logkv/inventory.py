@@ -70,9 +70,9 @@ def headers(directory: files.Directory, damaged: bytes = b"") -> list[Found]:
         try:
             header = _core.read_segment_header(files.read_at(fd, START, 0))
             if header is not None and header[0] == number:
-                found.append(Found(*header, _size_of(directory, name)))
+                found.append(Found(*header, _size_of(fd)))
             elif header is None:
-                others.append((number, _size_of(directory, name)))
+                others.append((number, _size_of(fd)))
         finally:
             files.close(fd)
     salts = {int(number): int(salt) % (1 << 32) for number, salt in SALT.findall(damaged)}
@@ -82,16 +82,21 @@ def headers(directory: files.Directory, damaged: bytes = b"") -> list[Found]:
     return found + [Found(number, *store, salts[number], size) for number, size in others if number in salts and store]
 
 
-def _size_of(directory: files.Directory, name: str) -> int:
+def _size_of(fd: int) -> int:
     """How much of a file may be its segment's own: a record that begins where there is data may end in a hole, which
-    reads as zeros.  0 if it is not there."""
+    reads as zeros."""
+    size = os.fstat(fd).st_size
+    return min(size, _core.data_end(fd, size) + _core.RECORD_MAX)
+
+
+def _size_of_named(directory: files.Directory, name: str) -> int:
+    """The same; 0 if it is not there."""
     try:
         fd = directory.open(name)
     except FileNotFoundError:
         return 0
     try:
-        size = os.fstat(fd).st_size
-        return min(size, _core.data_end(fd, size) + _core.RECORD_MAX)
+        return _size_of(fd)
     finally:
         files.close(fd)
 
@@ -161,7 +166,7 @@ def contradiction(directory: files.Directory, manifest: Manifest) -> str | None:
         if segment.merged and segment.intact and any(segment.first <= gone.first_version and gone.last_version <= segment.last
                                                      for gone in missing):
             return f"it names segments that were merged into {segment.name}, and not that one"
-    last = [Found(s.number, manifest.identity, manifest.seed, s.salt, _size_of(directory, s.name))
+    last = [Found(s.number, manifest.identity, manifest.seed, s.salt, _size_of_named(directory, s.name))
             for s in manifest.segments if not s.sealed and s.number not in {f.number for f in found if f not in ours}]
     read(directory, last)
     known = max([manifest.last_version, *(s.last_version for s in manifest.segments), *(f.last for f in last)])
